@@ -1,0 +1,42 @@
+# make demo: set up everything and run the main job.   make test: set up and pass the tests.
+# Needs Python 3.10+, a C++17 compiler and make; everything else comes into .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv/ready
+	@echo "== xshare demo: the shipped model, its own routing against XShare (about 2 minutes on 2 cores)"
+	$(BIN)/xshare demo
+
+test: .venv/ready
+	@echo "== the whole test suite (about 5 minutes on 2 cores)"
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/route_cpu.py
+	$(BIN)/python benchmarks/specialisation.py
+
+# torch is pinned, since on a CPU machine a looser wish can bring gigabytes of CUDA libraries.
+.venv/ready: pyproject.toml setup.py $(wildcard plugins/CMakeLists.txt plugins/*/*.h plugins/*/*/*.h plugins/*/*.cpp)
+	@echo "== setting up .venv: PyTorch for the CPU, transformers, the native library (2 to 4 minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info xshare_trtllm/lib
