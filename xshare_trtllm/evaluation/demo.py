@@ -1,0 +1,212 @@
+"""The main job: the shipped model with its own routing and with XShare, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from xshare_trtllm.config import RouterSpec, XShareConfig
+from xshare_trtllm.evaluation.attach import attach
+from xshare_trtllm.evaluation.measure import Quality, agreement, greedy_decode, teacher_forced
+from xshare_trtllm.evaluation.model import MODEL_DIR, held_out, load_model, token_batches, token_bytes
+from xshare_trtllm.report import machine, write_aside, write_json
+
+BATCH = 16
+LENGTH = 256  # tokens of a document on which quality is measured
+PROMPT, STEPS = 64, 48  # tokens of a prompt, and tokens decoded after it
+GPUS = 8  # simulated: each holds a contiguous slice of the experts
+
+SETTINGS: dict[str, XShareConfig | None] = {
+    "own routing": None,
+    "budget 40": XShareConfig(40),
+    "budget 36": XShareConfig(36),
+    "budget 32": XShareConfig(32),
+    "budget 28": XShareConfig(28),
+    "budget 24": XShareConfig(24),
+    "budget 36, 5 per GPU": XShareConfig(36, gpu_budget=5),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting's line of the table; ratios are to the first setting, the model's own routing."""
+
+    name: str
+    config: dict[str, Any]
+    active_experts: float
+    active_ratio: float
+    bits_per_byte: float
+    accuracy: float
+    accuracy_ratio: float
+    greedy_agreement: float
+    tokens_per_second: float
+    tokens_per_second_ratio: float
+    peak_gpu_experts: float
+    kept_affinity: float
+    warmup_overflow: float
+
+
+def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
+    """Measure every setting, print the table, write the report and its picture; returns the report."""
+    model, tokenizer = load_model()
+    spec = RouterSpec.from_hf_config(model.config)
+    batches = token_batches(held_out(), tokenizer, LENGTH, BATCH)
+    layers = model.config.num_hidden_layers
+    console.print(
+        f"{MODEL_DIR.name}: {layers} MoE layers of {spec.num_experts} experts, top-{spec.top_k}. "
+        f"Held-out text of 7 domains, batches of {BATCH} rows, {torch.get_num_threads()} threads."
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        quality = _measure_quality(model, spec, batches, token_bytes(tokenizer), progress)
+        speed = _measure_speed(model, batches, progress)
+    rows = _rows(spec, quality, speed)
+    report = {
+        "model": MODEL_DIR.name,
+        "batch": BATCH,
+        "quality_tokens": BATCH * LENGTH * len(batches),
+        "decoded_tokens": BATCH * STEPS * len(batches),
+        "simulated_gpus": GPUS,
+        "machine": machine(),
+        "settings": [{name: getattr(row, name) for name in Row.__slots__} for row in rows],
+    }
+    console.print(_table(rows))
+    write_json(json_path, report)
+    plot(report, png_path)
+    console.print(f"Written: {json_path} and {png_path}")
+    return report
+
+
+def _measure_quality(
+    model: nn.Module, spec: RouterSpec, batches: list[Tensor], sizes: Tensor, progress: Progress
+) -> dict[str, tuple[Quality, dict[str, float]]]:
+    """Teacher-forced quality in decode-shaped batches, and the routing statistics as means over layers."""
+    expert_gpu = torch.arange(spec.num_experts) * GPUS // spec.num_experts
+    task = progress.add_task("quality, teacher-forced", total=len(SETTINGS))
+    results = {}
+    for name, config in SETTINGS.items():
+        config = config or XShareConfig.off(spec)
+        with attach(model, config, prefill="stepwise", expert_gpu=expert_gpu) as attached:
+            quality = teacher_forced(model, batches, sizes)
+            stats = attached.stats
+        fields = ("experts_after", "peak_gpu_after", "kept_affinity", "warmup_overflow")
+        results[name] = quality, {field: mean(getattr(layer, field) for layer in stats) for field in fields}
+        progress.advance(task)
+    return results
+
+
+def _measure_speed(
+    model: nn.Module, batches: list[Tensor], progress: Progress
+) -> dict[str, tuple[list[Tensor], list[float]]]:
+    """Greedy output and seconds of each batch; a batch runs through all settings before the next, so that the
+    seconds of two settings are pairs."""
+    task = progress.add_task("speed, greedy decoding", total=len(SETTINGS) * len(batches))
+    results: dict[str, tuple[list[Tensor], list[float]]] = {name: ([], []) for name in SETTINGS}
+    greedy_decode(model, batches[0][:, :PROMPT], 8)  # warm-up
+    for tokens in batches:
+        for name, config in SETTINGS.items():
+            attached = attach(model, config) if config else None
+            try:
+                output, seconds = greedy_decode(model, tokens[:, :PROMPT], STEPS)
+            finally:
+                if attached:
+                    attached.detach()
+            results[name][0].append(output)
+            results[name][1].append(seconds)
+            progress.advance(task)
+    return results
+
+
+def _rows(
+    spec: RouterSpec,
+    quality: dict[str, tuple[Quality, dict[str, float]]],
+    speed: dict[str, tuple[list[Tensor], list[float]]],
+) -> list[Row]:
+    first = next(iter(SETTINGS))
+    base_quality, base_stats = quality[first]
+    base_output, base_seconds = speed[first]
+    rows = []
+    for name, config in SETTINGS.items():
+        measured, stats = quality[name]
+        output, seconds = speed[name]
+        equal = [agreement(mine, theirs) for mine, theirs in zip(output, base_output, strict=True)]
+        gains = [theirs / mine for mine, theirs in zip(seconds, base_seconds, strict=True)]
+        row = Row(
+            name=name,
+            config=(config or XShareConfig.off(spec)).to_dict(),
+            active_experts=stats["experts_after"],
+            active_ratio=stats["experts_after"] / base_stats["experts_after"],
+            bits_per_byte=measured.bits_per_byte,
+            accuracy=measured.accuracy,
+            accuracy_ratio=measured.accuracy / base_quality.accuracy,
+            greedy_agreement=mean(equal),
+            tokens_per_second=BATCH * (STEPS - 1) / median(seconds),
+            tokens_per_second_ratio=median(gains),
+            peak_gpu_experts=stats["peak_gpu_after"],
+            kept_affinity=stats["kept_affinity"],
+            warmup_overflow=stats["warmup_overflow"],
+        )
+        rows.append(row)
+    return rows
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="What XShare saves, costs and gains", caption="changes are relative to the model's own routing")
+    table.add_column("setting")
+    for name in (
+        "active experts\nper layer", "change", "bits\nper byte", "next-token\naccuracy", "change", "greedy output\nagrees",
+        "tokens/s", "change", f"peak experts per\nGPU ({GPUS} simulated)",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.active_experts:.1f}",
+            f"{row.active_ratio - 1:+.1%}",
+            f"{row.bits_per_byte:.4f}",
+            f"{row.accuracy:.2%}",
+            f"{row.accuracy_ratio - 1:+.2%}",
+            f"{row.greedy_agreement:.0%}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.tokens_per_second_ratio - 1:+.1%}",
+            f"{row.peak_gpu_experts:.2f}",
+        )
+    return table
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """The trade-off as a picture: accuracy and speed against the active experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = report["settings"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    panels = (
+        ("accuracy_ratio", "next-token accuracy, change in %", "tab:blue"),
+        ("tokens_per_second_ratio", "output tokens per second, change in %", "tab:green"),
+    )
+    for axis, (field, label, colour) in zip(axes, panels, strict=True):
+        for setting in settings:
+            x, y = setting["active_experts"], 100 * (setting[field] - 1)
+            is_flat = "gpu_budget" not in setting["config"]
+            axis.plot(x, y, "o" if is_flat else "s", color=colour, fillstyle="full" if is_flat else "none")
+            axis.annotate(setting["name"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.set_xlabel("active experts per layer and step")
+        axis.set_ylabel(label)
+        axis.margins(x=0.22, y=0.15)
+        axis.grid(alpha=0.3)
+    axes[0].axhline(-1, color="grey", linestyle="--", linewidth=1)
+    figure.suptitle(f"{report['model']}: batches of {report['batch']} rows of different documents")
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=120)
+    pyplot.close(figure)
