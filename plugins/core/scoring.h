@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// From router logits to affinities, in arithmetic whose every bit is fixed: no libm, no fused operations,
+// exact sums.
+#ifndef XSHARE_CORE_SCORING_H
+#define XSHARE_CORE_SCORING_H
+
+#include "core/platform.h"
+
+namespace xshare {
+
+XSHARE_FN float widen_bf16(uint16_t h) {
+    return bits_float(static_cast<int32_t>(static_cast<uint32_t>(h) << 16));
+}
+
+XSHARE_FN float widen_fp16(uint16_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16;
+    const uint32_t magnitude = (h & 0x7fffu)
+                               << 13;  // exponent and fraction at their fp32 places, exponent bias still 15
+    const uint32_t rebased = magnitude + (112u << 23);
+    const float normal = bits_float(static_cast<int32_t>(rebased));
+    const float subnormal = bits_float(static_cast<int32_t>(rebased + (1u << 23))) - bits_float(113 << 23);
+    const float special = bits_float(static_cast<int32_t>(rebased + (112u << 23)));  // inf and NaN
+    const float finite = magnitude < (1u << 23) ? subnormal : normal;
+    const float absolute = magnitude >= (31u << 23) ? special : finite;
+    return bits_float(static_cast<int32_t>(static_cast<uint32_t>(float_bits(absolute)) | sign));
+}
+
+// exp(x) for x <= 0, relative error below 2e-7; 0 below -87, so that no result is subnormal.
+XSHARE_FN float exp_fixed(float x) {
+    const float clamped = x < -87.0f ? -87.0f : x;
+    const float round_to_integer =
+        12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits, half to even
+    const float n = sub_rn(add_rn(mul_rn(clamped, 1.44269504f), round_to_integer), round_to_integer);
+    float r = sub_rn(clamped, mul_rn(n, 0.693359375f));  // ln 2 in two parts (Cody and Waite)
+    r = sub_rn(r, mul_rn(n, -2.12194440e-4f));
+    float p = 1.9875691500e-4f;  // the polynomial of Cephes' expf
+    p = add_rn(mul_rn(p, r), 1.3981999507e-3f);
+    p = add_rn(mul_rn(p, r), 8.3334519073e-3f);
+    p = add_rn(mul_rn(p, r), 4.1665795894e-2f);
+    p = add_rn(mul_rn(p, r), 1.6666665459e-1f);
+    p = add_rn(mul_rn(p, r), 5.0000001201e-1f);
+    float y = mul_rn(p, mul_rn(r, r));
+    y = add_rn(y, r);
+    y = add_rn(y, 1.0f);
+    const float scale =
+        bits_float(static_cast<int32_t>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23));
+    return x < -87.0f ? 0.0f : mul_rn(y, scale);
+}
+
+XSHARE_FN float sigmoid_fixed(float z) {
+    const float e = exp_fixed(z >= 0.0f ? -z : z);
+    return div_rn(z >= 0.0f ? 1.0f : e, add_rn(1.0f, e));
+}
+
+// rint(e * 2^40) for 0 <= e <= 1 plus a constant: the bits of a double whose last place is 2^-40. As integers
+// they sum exactly in any order; softmax_denominator takes the n constants off again.
+XSHARE_FN uint64_t softmax_term(float e) { return double_bits(static_cast<double>(e) + 6144.0); }
+
+XSHARE_FN float softmax_denominator(uint64_t sum_of_terms, int n) {
+    const uint64_t sum =
+        sum_of_terms - static_cast<uint64_t>(n) * 0x40B8000000000000ull;  // the bits of 6144.0
+    return static_cast<float>(static_cast<double>(static_cast<int64_t>(sum)) *
+                              9.094947017729282e-13);  // 2^-40
+}
+
+// round(affinity * 2^20), half away from zero, for 0 <= affinity <= 1.
+XSHARE_FN int32_t fixed_point(float affinity) {
+    const float x = mul_rn(affinity, 1048576.0f);
+    const int32_t whole = static_cast<int32_t>(x);
+    return whole + (sub_rn(x, static_cast<float>(whole)) >= 0.5f ? 1 : 0);
+}
+
+}  // namespace xshare
+
+#endif  // XSHARE_CORE_SCORING_H

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C functions: structs in, checks, the thread's own workspace and message. Nothing throws past this file.
+#include <stdlib.h>
+
+#include "core/validate.h"
+#include "cpu/route.h"
+
+namespace xshare {
+namespace {
+
+thread_local Message last_error;
+
+// Grow-only, freed when its thread ends.
+class ThreadBuffer {
+  public:
+    ~ThreadBuffer() { free(data_); }
+
+    unsigned char* reserve(size_t size) {
+        if (size <= size_) return data_;
+        void* grown = nullptr;
+        if (posix_memalign(&grown, kWorkspaceAlignment, size) != 0) return nullptr;
+        free(data_);
+        data_ = static_cast<unsigned char*>(grown);
+        size_ = size;
+        return data_;
+    }
+
+  private:
+    unsigned char* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local ThreadBuffer thread_buffer;
+
+// Copies a caller's struct, whatever its address is aligned to.
+template <typename Struct>
+xshare_status copy_struct(const Struct* source, const char* name, Struct& copy) {
+    if (source == nullptr) return refuse(last_error, XSHARE_INVALID_STRUCT, "%s is NULL", name);
+    uint32_t size;
+    memcpy(&size, static_cast<const void*>(source), sizeof size);
+    if (size != sizeof(Struct))
+        return refuse(last_error, XSHARE_INVALID_STRUCT,
+                      "%s.struct_size is %u, but this library (%d.%d.%d) has %zu", name, size,
+                      XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH, sizeof(Struct));
+    memcpy(&copy, static_cast<const void*>(source), sizeof(Struct));
+    return XSHARE_OK;
+}
+
+xshare_status find_workspace(size_t needed, void* workspace, size_t workspace_size, unsigned char*& found) {
+    if (workspace == nullptr && workspace_size == 0) {
+        found = thread_buffer.reserve(needed);
+        if (found != nullptr || needed == 0) return XSHARE_OK;
+        return refuse(last_error, XSHARE_OUT_OF_MEMORY, "no memory for a workspace of %zu bytes", needed);
+    }
+    if (workspace_size < needed)
+        return refuse(last_error, XSHARE_INVALID_WORKSPACE, "the workspace has %zu bytes, but %zu are needed",
+                      workspace_size, needed);
+    if (needed > 0 &&
+        (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment != 0))
+        return refuse(last_error, XSHARE_INVALID_WORKSPACE,
+                      "the workspace is NULL or not aligned to %zu bytes", kWorkspaceAlignment);
+    found = static_cast<unsigned char*>(workspace);
+    return XSHARE_OK;
+}
+
+}  // namespace
+}  // namespace xshare
+
+extern "C" {
+
+xshare_status xshare_workspace_size(const xshare_route_params* params, size_t* workspace_size) {
+    using namespace xshare;
+    xshare_route_params p;
+    if (workspace_size == nullptr) return refuse(last_error, XSHARE_INVALID_STRUCT, "workspace_size is NULL");
+    xshare_status status = copy_struct(params, "xshare_route_params", p);
+    if (status == XSHARE_OK) status = check_params(p, last_error);
+    if (status == XSHARE_OK) *workspace_size = route_workspace_size(p);
+    return status;
+}
+
+xshare_status xshare_route_cpu(const xshare_route_params* params, const xshare_route_tensors* tensors,
+                               void* workspace, size_t workspace_size) {
+    using namespace xshare;
+    xshare_route_params p;
+    xshare_route_tensors t;
+    unsigned char* buffer = nullptr;
+    xshare_status status = copy_struct(params, "xshare_route_params", p);
+    if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_route_tensors", t);
+    if (status == XSHARE_OK) status = check_params(p, last_error);
+    if (status == XSHARE_OK) status = check_pointers(p, t, last_error);
+    if (status == XSHARE_OK) status = check_contents(p, t, last_error);
+    if (status == XSHARE_OK)
+        status = find_workspace(route_workspace_size(p), workspace, workspace_size, buffer);
+    if (status == XSHARE_OK) route(p, t, buffer);
+    return status;
+}
+
+const char* xshare_error_string(xshare_status status) {
+    switch (status) {
+        case XSHARE_OK:
+            return "no error";
+        case XSHARE_INVALID_STRUCT:
+            return "a struct is missing or from another version";
+        case XSHARE_INVALID_PARAMETER:
+            return "a parameter is out of range";
+        case XSHARE_INVALID_TENSOR:
+            return "a tensor is missing, misaligned or holds values out of range";
+        case XSHARE_INVALID_WORKSPACE:
+            return "the workspace is too small or misaligned";
+        case XSHARE_OUT_OF_MEMORY:
+            return "out of memory";
+        case XSHARE_INTERNAL_ERROR:
+            return "internal error";
+    }
+    return "unknown status";
+}
+
+const char* xshare_last_error(void) { return xshare::last_error.text; }
+
+#define XSHARE_STRING(x) #x
+#define XSHARE_DOTTED(major, minor, patch) \
+    XSHARE_STRING(major) "." XSHARE_STRING(minor) "." XSHARE_STRING(patch)
+const char* xshare_version(void) {
+    return XSHARE_DOTTED(XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH);
+}
+
+}  // extern "C"

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C ABI of XShare: the only door to the native code. Plain C, no exceptions, no global state that a
+// caller can see.
+//
+// Every function may be called from any number of threads at once. A call that fails writes none of its
+// outputs' meaning: treat them as undefined. Names and stages are those of docs/algorithm.md.
+#ifndef XSHARE_XSHARE_H
+#define XSHARE_XSHARE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(XSHARE_BUILDING_LIBRARY) && defined(__GNUC__)
+#define XSHARE_API __attribute__((visibility("default")))
+#else
+#define XSHARE_API
+#endif
+
+#define XSHARE_VERSION_MAJOR 0
+#define XSHARE_VERSION_MINOR 1
+#define XSHARE_VERSION_PATCH 0
+
+typedef enum xshare_status {
+    XSHARE_OK = 0,
+    XSHARE_INVALID_STRUCT = 1,     // struct_size does not fit this library, or a struct pointer is NULL
+    XSHARE_INVALID_PARAMETER = 2,  // a field of xshare_route_params is out of range
+    XSHARE_INVALID_TENSOR = 3,     // a pointer is missing, misaligned, or its contents are out of range
+    XSHARE_INVALID_WORKSPACE = 4,  // the workspace is too small or misaligned
+    XSHARE_OUT_OF_MEMORY = 5,      // the library's own buffer could not grow
+    XSHARE_INTERNAL_ERROR = 6      // a bug in the library
+} xshare_status;
+
+typedef enum xshare_dtype { XSHARE_FLOAT32 = 0, XSHARE_BFLOAT16 = 1, XSHARE_FLOAT16 = 2 } xshare_dtype;
+
+typedef enum xshare_scoring {
+    XSHARE_SOFTMAX = 0,         // OLMoE, DeepSeek-V2-Lite
+    XSHARE_SOFTMAX_RENORM = 1,  // Mixtral, Qwen3-MoE
+    XSHARE_TOPK_SOFTMAX = 2,    // gpt-oss
+    XSHARE_SIGMOID_BIAS = 3     // DeepSeek-V3, Kimi-K2, GLM-4.5
+} xshare_scoring;
+
+// What to route and under which budgets. Set all of it to zero, then struct_size =
+// sizeof(xshare_route_params).
+typedef struct xshare_route_params {
+    uint32_t struct_size;
+    int32_t num_tokens;           // T: 0 .. 1048576
+    int32_t num_experts;          // E: 1 .. 512
+    int32_t top_k;                // k: 1 .. min(16, E)
+    int32_t scoring;              // xshare_scoring
+    int32_t num_groups;           // expert groups of the model's own router; 1 = none
+    int32_t top_k_groups;         // groups that a row may use: 1 .. num_groups
+    float routed_scaling_factor;  // multiplies every weight; 1 = none
+    int32_t logits_dtype;         // xshare_dtype of router_logits and masked_logits
+    int32_t budget;               // m: experts that may be active, at least top_k; E or more = no limit
+    int32_t warmup;               // k0: 0 .. top_k
+    int32_t request_budget;       // m_r; 0 = off
+    int32_t gpu_budget;           // m_g; 0 = off
+    int32_t max_rows;             // stand aside above this number of real rows; negative = no limit
+    double min_coverage;          // c: 0 < c <= 1; 0 = off
+} xshare_route_params;
+
+// Where the tensors are: dense, row-major, aligned to their element, in host memory for xshare_route_cpu.
+// Set all of it to zero, then struct_size = sizeof(xshare_route_tensors). Any output may be NULL.
+typedef struct xshare_route_tensors {
+    uint32_t struct_size;
+    const void* router_logits;     // [T, E] logits_dtype
+    const float* correction_bias;  // [E], only with XSHARE_SIGMOID_BIAS; NULL = zeros
+    const int32_t* request_ids;    // [T], >= 0, or -1 = padding; request_budget needs it; NULL = no padding
+    const uint8_t* exempt;         // [T], not 0 = the row keeps its own top-k; NULL = none
+    const int32_t* expert_gpu;     // [E], 0 .. E-1; gpu_budget needs it; NULL = all on one GPU
+    int32_t* expert_ids;           // out [T, k], by ranking score descending
+    float* expert_weights;         // out [T, k]
+    void* masked_logits;           // out [T, E] logits_dtype; may be router_logits itself
+    uint8_t* active_experts;       // out [E], 1 = in the set S
+    int64_t* stats;                // out [XSHARE_NUM_STATS], see xshare_stat
+} xshare_route_tensors;
+
+// Places in `stats`. Kept and total affinity are sums of round(A * 2^20), 0 where XShare stood aside.
+typedef enum xshare_stat {
+    XSHARE_STAT_EXPERTS_BEFORE = 0,   // distinct experts in the real rows' own top-k
+    XSHARE_STAT_EXPERTS_AFTER = 1,    // distinct experts in the real rows' output
+    XSHARE_STAT_KEPT_AFFINITY = 2,    // over S
+    XSHARE_STAT_TOTAL_AFFINITY = 3,   // over all experts
+    XSHARE_STAT_WARMUP_OVERFLOW = 4,  // counted warm-up experts beyond the budgets
+    XSHARE_STAT_PEAK_GPU_BEFORE = 5,
+    XSHARE_STAT_PEAK_GPU_AFTER = 6,
+    XSHARE_STAT_ROWS = 7,  // real rows; bit 32 = XShare stood aside
+    XSHARE_NUM_STATS = 8
+} xshare_stat;
+
+// Checks `params` and says how much workspace a call with them needs (aligned to 64 bytes).
+XSHARE_API xshare_status xshare_workspace_size(const xshare_route_params* params, size_t* workspace_size);
+
+// Routes one MoE layer's rows on the calling thread. With workspace = NULL (and workspace_size = 0) it uses a
+// buffer of the calling thread that grows to the largest call so far (at most 1 MiB + 9 bytes per row) and is
+// then reused.
+XSHARE_API xshare_status xshare_route_cpu(const xshare_route_params* params,
+                                          const xshare_route_tensors* tensors, void* workspace,
+                                          size_t workspace_size);
+
+// What a status means in general: a constant string, never NULL.
+XSHARE_API const char* xshare_error_string(xshare_status status);
+
+// What was wrong with this thread's last failed call, in detail ("" if none failed). Valid until this
+// thread's next failure.
+XSHARE_API const char* xshare_last_error(void);
+
+// "0.1.0"
+XSHARE_API const char* xshare_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // XSHARE_XSHARE_H

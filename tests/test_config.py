@@ -1,0 +1,310 @@
+"""Every knob's checks, their words, and what `from_hf_config` reads from real model configurations."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+from xshare_trtllm import RouterSpec, XShareConfig
+
+SPEC = RouterSpec(128, 4, "topk_softmax")
+GROUPED = RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(ValueError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_positional_construction():
+    assert GROUPED.model_dump() == {
+        "num_experts": 256,
+        "top_k": 8,
+        "scoring": "sigmoid_bias",
+        "num_groups": 8,
+        "top_k_groups": 4,
+        "routed_scaling_factor": 2.5,
+    }
+    assert XShareConfig(24, 2, 12, 6, 0.9, 48).model_dump() == {
+        "budget": 24,
+        "warmup": 2,
+        "request_budget": 12,
+        "gpu_budget": 6,
+        "min_coverage": 0.9,
+        "max_rows": 48,
+    }
+    assert XShareConfig(24).warmup == 1
+    assert hash(SPEC) == hash(RouterSpec(128, 4, "topk_softmax"))
+
+
+@pytest.mark.parametrize("value, field", [(SPEC, "top_k"), (XShareConfig(24), "budget")])
+def test_immutable(value, field):
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(value, field, 5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, 1, "softmax"), "RouterSpec(num_experts=0): num_experts must be greater than or equal to 1"),
+        ((513, 4, "softmax"), "RouterSpec(num_experts=513): num_experts must be less than or equal to 512"),
+        ((64, 17, "softmax"), "RouterSpec(top_k=17): top_k must be less than or equal to 16"),
+        ((8, 9, "softmax"), "RouterSpec(top_k=9): top_k must be at most num_experts=8"),
+        ((8.5, 2, "softmax"), "RouterSpec(num_experts=8.5): num_experts must be a valid integer"),
+        (
+            (8, 2, "sofmax"),
+            "RouterSpec(scoring='sofmax'): scoring must be "
+            "'softmax', 'softmax_renorm', 'topk_softmax' or 'sigmoid_bias'",
+        ),
+        (
+            (8, 2, "topk_softmax", 2),
+            "RouterSpec(num_groups=2): topk_softmax has no expert groups, num_groups must be 1",
+        ),
+        ((8, 2, "softmax", 3), "RouterSpec(num_groups=3): num_groups must divide num_experts=8"),
+        (
+            (8, 1, "sigmoid_bias", 8),
+            "RouterSpec(num_groups=8): sigmoid_bias scores a group by its best two experts, "
+            "num_groups must be at most 4",
+        ),
+        (
+            (8, 2, "softmax", 2, 3),
+            "RouterSpec(top_k_groups=3): top_k_groups must be at most num_groups=2",
+        ),
+        (
+            (8, 3, "softmax", 4, 1),
+            "RouterSpec(top_k=3): top_k must be at most 2, the experts in top_k_groups=1 groups of 2",
+        ),
+        (
+            (8, 2, "softmax", 1, 1, 0.0),
+            "RouterSpec(routed_scaling_factor=0.0): routed_scaling_factor must be greater than 0",
+        ),
+        (
+            (8, 2, "softmax", 1, 1, float("inf")),
+            "RouterSpec(routed_scaling_factor=inf): routed_scaling_factor must be a finite number",
+        ),
+    ],
+)
+def test_router_refusals(arguments, message):
+    assert refusal(RouterSpec, *arguments) == message
+
+
+BUDGET = "budget must be a positive integer, or one positive integer per layer"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"budget": 0}, f"XShareConfig(budget=0): {BUDGET}"),
+        ({"budget": "24"}, f"XShareConfig(budget='24'): {BUDGET}"),
+        ({"budget": True}, f"XShareConfig(budget=True): {BUDGET}"),
+        ({"budget": []}, f"XShareConfig(budget=[]): {BUDGET}"),
+        ({"budget": [24, -1]}, f"XShareConfig(budget=[24, -1]): {BUDGET}"),
+        ({"budget": 8, "warmup": -1}, "XShareConfig(warmup=-1): warmup must be greater than or equal to 0"),
+        (
+            {"budget": 8, "request_budget": 0},
+            "XShareConfig(request_budget=0): request_budget must be greater than or equal to 1",
+        ),
+        (
+            {"budget": 8, "gpu_budget": 0},
+            "XShareConfig(gpu_budget=0): gpu_budget must be greater than or equal to 1",
+        ),
+        (
+            {"budget": 8, "min_coverage": 0},
+            "XShareConfig(min_coverage=0): min_coverage must be greater than 0",
+        ),
+        (
+            {"budget": 8, "min_coverage": 1.01},
+            "XShareConfig(min_coverage=1.01): min_coverage must be less than or equal to 1",
+        ),
+        (
+            {"budget": 8, "max_rows": 0},
+            "XShareConfig(max_rows=0): max_rows must be greater than or equal to 1",
+        ),
+    ],
+)
+def test_config_refusals(arguments, message):
+    assert refusal(XShareConfig, **arguments) == message
+
+
+@pytest.mark.parametrize(
+    "config, spec, message",
+    [
+        (XShareConfig(budget=2), SPEC, "XShareConfig(budget=2): budget must be at least top_k=4"),
+        (XShareConfig([4, 3]), SPEC, "XShareConfig(budget[1]=3): budget must be at least top_k=4"),
+        (XShareConfig(24, warmup=5), SPEC, "XShareConfig(warmup=5): warmup must be at most top_k=4"),
+        (
+            XShareConfig(24, warmup=0),
+            GROUPED,
+            "XShareConfig(warmup=0): a group-limited router needs warmup of at least 1, "
+            "or a row may find no expert",
+        ),
+    ],
+)
+def test_check_against_a_router(config, spec, message):
+    assert refusal(config.check, spec) == message
+
+
+def test_check_accepts_the_limits():
+    XShareConfig(4, warmup=0).check(SPEC)
+    XShareConfig((4, 200), warmup=4).check(SPEC)
+
+
+def test_for_layer():
+    config = XShareConfig([8, 16], warmup=2, max_rows=32)
+    assert config.for_layer(1) == XShareConfig(16, warmup=2, max_rows=32)
+    assert XShareConfig(24).for_layer(93) == XShareConfig(24)
+    assert refusal(config.for_layer, 2) == "XShareConfig.for_layer(2): budget names 2 layers, the last is 1"
+    assert refusal(config.for_layer, -1) == "XShareConfig.for_layer(-1): layers count from 0"
+
+
+def test_off():
+    assert XShareConfig.off(SPEC).is_off(SPEC)
+    assert not XShareConfig(127).is_off(SPEC)
+    assert not XShareConfig([128, 127]).is_off(SPEC)
+    for limit in ({"request_budget": 8}, {"gpu_budget": 8}, {"min_coverage": 1.0}):
+        assert not XShareConfig(128, **limit).is_off(SPEC)
+
+
+CONFIGS = [
+    XShareConfig(24),
+    XShareConfig([8, 12], warmup=0),
+    XShareConfig(24, 2, 12, 6, 0.9, 48),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_round_trips(config, tmp_path):
+    assert XShareConfig.from_dict(config.to_dict()) == config
+    assert XShareConfig.from_yaml(config.to_yaml()) == config
+    path = tmp_path / "xshare.yaml"
+    config.to_yaml(path)
+    assert XShareConfig.from_yaml(path) == config
+    assert XShareConfig.from_yaml(str(path)) == config
+
+
+def test_dict_holds_plain_values_only():
+    assert XShareConfig((8, 12)).to_dict() == {"budget": [8, 12], "warmup": 1}
+
+
+def test_from_dict_refusals():
+    known = "budget, warmup, request_budget, gpu_budget, min_coverage, max_rows"
+    assert refusal(XShareConfig.from_dict, {"bugdet": 24}) == (
+        f"XShareConfig: unknown key 'bugdet'; known are {known}"
+    )
+    assert refusal(XShareConfig.from_dict, {"warmup": 1}) == "XShareConfig: budget is missing"
+    assert refusal(XShareConfig.from_yaml, "24") == "XShareConfig: expected keys and values, got int"
+    assert refusal(XShareConfig.from_yaml, "budget: [").startswith("XShareConfig: not valid YAML: ")
+    assert refusal(XShareConfig.from_yaml, "budget: many").startswith("XShareConfig(budget='many'): ")
+
+
+HF = [
+    (GptOssConfig(num_local_experts=32, num_experts_per_tok=4), RouterSpec(32, 4, "topk_softmax")),
+    (GraniteMoeConfig(num_local_experts=40, num_experts_per_tok=8), RouterSpec(40, 8, "topk_softmax")),
+    (MixtralConfig(num_local_experts=8, num_experts_per_tok=2), RouterSpec(8, 2, "softmax_renorm")),
+    (OlmoeConfig(num_experts=64, norm_topk_prob=False), RouterSpec(64, 8, "softmax")),
+    (OlmoeConfig(num_experts=64, norm_topk_prob=True), RouterSpec(64, 8, "softmax_renorm")),
+    (Qwen2MoeConfig(num_experts=60, norm_topk_prob=False), RouterSpec(60, 4, "softmax")),
+    (Qwen3MoeConfig(num_experts=128, norm_topk_prob=True), RouterSpec(128, 8, "softmax_renorm")),
+    (
+        DeepseekV2Config(n_routed_experts=64, num_experts_per_tok=6, routed_scaling_factor=1.0),
+        RouterSpec(64, 6, "softmax"),
+    ),
+    (
+        DeepseekV2Config(
+            n_routed_experts=160,
+            num_experts_per_tok=6,
+            topk_method="group_limited_greedy",
+            n_group=8,
+            topk_group=3,
+            routed_scaling_factor=16.0,
+        ),
+        RouterSpec(160, 6, "softmax", 8, 3, 16.0),
+    ),
+    (DeepseekV3Config(), RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5)),
+    (Glm4MoeConfig(routed_scaling_factor=2.5), RouterSpec(128, 8, "sigmoid_bias", 1, 1, 2.5)),
+]
+
+
+@pytest.mark.parametrize("config, spec", HF, ids=lambda v: getattr(v, "model_type", None))
+def test_from_hf_config(config, spec):
+    assert RouterSpec.from_hf_config(config) == spec
+    assert RouterSpec.from_hf_config(config.to_dict()) == spec
+
+
+KIMI_K2 = {
+    "model_type": "kimi_k2",
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+
+def test_kimi_k2_and_old_field_names():
+    assert RouterSpec.from_hf_config(KIMI_K2) == RouterSpec(384, 8, "sigmoid_bias", 1, 1, 2.827)
+    qwen = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    assert RouterSpec.from_hf_config(qwen) == RouterSpec(128, 8, "softmax_renorm")
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"model_type": "llama"},
+            "model_type 'llama' is not known; known are deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, "
+            "granitemoe, kimi_k2, mixtral, olmoe, qwen2_moe, qwen3_moe",
+        ),
+        (
+            {"model_type": "mixtral", "num_experts_per_tok": 2},
+            "mixtral configuration lacks num_local_experts or num_experts",
+        ),
+        (
+            {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8},
+            "olmoe configuration lacks norm_topk_prob",
+        ),
+        (
+            KIMI_K2 | {"norm_topk_prob": False},
+            "kimi_k2 with norm_topk_prob=False is not supported, only True",
+        ),
+        (
+            KIMI_K2 | {"scoring_func": "softmax"},
+            "kimi_k2 with scoring_func='softmax' is not supported, only 'sigmoid'",
+        ),
+        (
+            DeepseekV2Config(norm_topk_prob=True),
+            "deepseek_v2 with norm_topk_prob=True is not supported, only False",
+        ),
+        (
+            DeepseekV2Config().to_dict() | {"topk_method": "noaux_tc"},
+            "deepseek_v2 with topk_method='noaux_tc' is not supported, "
+            "only 'greedy' or 'group_limited_greedy'",
+        ),
+        (
+            DeepseekV3Config(norm_topk_prob=False),
+            "deepseek_v3 with norm_topk_prob=False is not supported, only True",
+        ),
+    ],
+)
+def test_hf_refusals(config, message):
+    assert refusal(RouterSpec.from_hf_config, config) == f"RouterSpec.from_hf_config: {message}"
+
+
+def test_configuration_needs_no_torch():
+    code = "import sys; import xshare_trtllm.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

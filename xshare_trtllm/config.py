@@ -1,0 +1,359 @@
+"""Every knob, checked: what a router computes (`RouterSpec`), what XShare may do to it (`XShareConfig`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+MAX_EXPERTS = 512
+MAX_TOP_K = 16
+
+Scoring = Literal["softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"]
+SCORINGS: tuple[str, ...] = get_args(Scoring)
+
+
+class RouterSpec(BaseModel):
+    """What the router of one MoE layer computes, before XShare.
+
+    num_experts           routed experts of the layer, 1 to 512
+    top_k                 experts per token, 1 to 16
+    scoring               `softmax`, `softmax_renorm`, `topk_softmax` or `sigmoid_bias`
+    num_groups            expert groups of a group-limited router (DeepSeek: `n_group`); 1 = no limit
+    top_k_groups          groups that a token may use (DeepSeek: `topk_group`)
+    routed_scaling_factor multiplies every expert weight
+
+    Raises ValueError, naming the argument, its value and what is right.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_experts: int = Field(ge=1, le=MAX_EXPERTS)
+    top_k: int = Field(ge=1, le=MAX_TOP_K)
+    scoring: Scoring
+    num_groups: int = Field(default=1, ge=1)
+    top_k_groups: int = Field(default=1, ge=1)
+    routed_scaling_factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        scoring: str,
+        num_groups: int = 1,
+        top_k_groups: int = 1,
+        routed_scaling_factor: float = 1.0,
+    ) -> None:
+        _validated(
+            super().__init__,
+            "RouterSpec",
+            num_experts=num_experts,
+            top_k=top_k,
+            scoring=scoring,
+            num_groups=num_groups,
+            top_k_groups=top_k_groups,
+            routed_scaling_factor=routed_scaling_factor,
+        )
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.num_experts // self.num_groups
+
+    @property
+    def is_group_limited(self) -> bool:
+        """True where the groups rule an expert out for some token."""
+        return self.top_k_groups < self.num_groups
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RouterSpec:
+        if self.top_k > self.num_experts:
+            raise _wrong(self, "top_k", f"top_k must be at most num_experts={self.num_experts}")
+        if self.num_groups > 1 and self.scoring == "topk_softmax":
+            raise _wrong(self, "num_groups", "topk_softmax has no expert groups, num_groups must be 1")
+        if self.num_experts % self.num_groups:
+            raise _wrong(self, "num_groups", f"num_groups must divide num_experts={self.num_experts}")
+        if self.num_groups > 1 and self.scoring == "sigmoid_bias" and self.experts_per_group < 2:
+            raise _wrong(
+                self,
+                "num_groups",
+                "sigmoid_bias scores a group by its best two experts, "
+                f"num_groups must be at most {self.num_experts // 2}",
+            )
+        if self.top_k_groups > self.num_groups:
+            raise _wrong(self, "top_k_groups", f"top_k_groups must be at most num_groups={self.num_groups}")
+        reachable = self.top_k_groups * self.experts_per_group
+        if self.top_k > reachable:
+            raise _wrong(
+                self,
+                "top_k",
+                f"top_k must be at most {reachable}, the experts in "
+                f"top_k_groups={self.top_k_groups} groups of {self.experts_per_group}",
+            )
+        return self
+
+    @classmethod
+    def from_hf_config(cls, config: object) -> RouterSpec:
+        """The router of a Hugging Face model, from its configuration: a transformers object, or config.json
+        as a dict.
+
+        Raises ValueError for a model_type that is not known (listing those that are), for a missing field (a
+        guess would route silently wrong) and for a setting that no scoring function here expresses.
+        """
+        model = _HFConfig(config)
+        family = _FAMILIES.get(model.type)
+        if family is None:
+            known = ", ".join(sorted(_FAMILIES))
+            raise ValueError(
+                f"RouterSpec.from_hf_config: model_type {model.type!r} is not known; known are {known}"
+            )
+        for field, allowed in family.only.items():
+            model.refuse_unless(field, allowed)
+        spec: dict[str, Any] = {
+            "num_experts": model.need(*family.num_experts),
+            "top_k": model.need("num_experts_per_tok"),
+            "scoring": family.scoring,
+        }
+        if family.scoring == "norm_topk_prob":
+            spec["scoring"] = "softmax_renorm" if model.need("norm_topk_prob") else "softmax"
+        if family.scaled:
+            spec["routed_scaling_factor"] = model.need("routed_scaling_factor")
+        if family.grouped and model.get("topk_method") != "greedy":
+            spec["num_groups"] = model.need("n_group")
+            spec["top_k_groups"] = model.need("topk_group")
+        return cls(**spec)
+
+
+def _as_budget(value: object) -> object:
+    layers: object = value
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        layers = tuple(value)
+    values = layers if isinstance(layers, tuple) else (layers,)
+    if not values or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+        raise ValueError("must be a positive integer, or one positive integer per layer")
+    return layers
+
+
+class XShareConfig(BaseModel):
+    """What XShare may do in a layer and step. Immutable; check it against a router with `check`.
+
+    budget          experts that may be active in the layer (`m`), an int or one int per layer
+    warmup          experts per token that are kept whatever the batch says (`k0`)
+    request_budget  experts that one request proposes (`m_r`, speculative decoding); None = off
+    gpu_budget      experts that may be active on one GPU (`m_g`, expert parallelism); None = no limit
+    min_coverage    stop adding experts once this share of the utility is kept, 0 < c <= 1; None = off
+    max_rows        with more real rows than this the model's own routing is the output; None = no limit
+
+    Raises ValueError, naming the argument, its value and what is right.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    budget: Annotated[int | tuple[int, ...], BeforeValidator(_as_budget)]
+    warmup: int = Field(default=1, ge=0)
+    request_budget: int | None = Field(default=None, ge=1)
+    gpu_budget: int | None = Field(default=None, ge=1)
+    min_coverage: float | None = Field(default=None, gt=0, le=1)
+    max_rows: int | None = Field(default=None, ge=1)
+
+    def __init__(
+        self,
+        budget: int | Iterable[int],
+        warmup: int = 1,
+        request_budget: int | None = None,
+        gpu_budget: int | None = None,
+        min_coverage: float | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        _validated(
+            super().__init__,
+            "XShareConfig",
+            budget=budget,
+            warmup=warmup,
+            request_budget=request_budget,
+            gpu_budget=gpu_budget,
+            min_coverage=min_coverage,
+            max_rows=max_rows,
+        )
+
+    @classmethod
+    def off(cls, spec: RouterSpec) -> XShareConfig:
+        """The model's own routing."""
+        return cls(budget=spec.num_experts)
+
+    def is_off(self, spec: RouterSpec) -> bool:
+        """True where this configuration of one layer can never change the routing."""
+        limits = (self.request_budget, self.gpu_budget, self.min_coverage)
+        return _smallest(self.budget) >= spec.num_experts and limits == (None, None, None)
+
+    def for_layer(self, layer: int) -> XShareConfig:
+        """The configuration of MoE layer number `layer` (from 0): the same, with that layer's one budget."""
+        if layer < 0:
+            raise ValueError(f"XShareConfig.for_layer({layer}): layers count from 0")
+        if isinstance(self.budget, int):
+            return self
+        if layer >= len(self.budget):
+            raise ValueError(
+                f"XShareConfig.for_layer({layer}): budget names {len(self.budget)} layers, "
+                f"the last is {len(self.budget) - 1}"
+            )
+        return self.model_copy(update={"budget": self.budget[layer]})
+
+    def check(self, spec: RouterSpec) -> None:
+        """Raises ValueError where this configuration does not fit the router."""
+        if isinstance(self.budget, int):
+            if self.budget < spec.top_k:
+                raise _wrong(self, "budget", f"budget must be at least top_k={spec.top_k}")
+        else:
+            for layer, budget in enumerate(self.budget):
+                if budget < spec.top_k:
+                    raise ValueError(
+                        f"XShareConfig(budget[{layer}]={budget}): budget must be at least top_k={spec.top_k}"
+                    )
+        if self.warmup > spec.top_k:
+            raise _wrong(self, "warmup", f"warmup must be at most top_k={spec.top_k}")
+        if self.warmup == 0 and spec.num_groups > 1:
+            raise _wrong(
+                self,
+                "warmup",
+                "a group-limited router needs warmup of at least 1, or a row may find no expert",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the options that are off; `from_dict` gives the same configuration back."""
+        values = self.model_dump(exclude_none=True)
+        if isinstance(self.budget, tuple):
+            values["budget"] = list(self.budget)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> XShareConfig:
+        """Raises ValueError for keys that are not known, by name, and for a missing budget."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"XShareConfig: expected keys and values, got {type(values).__name__}")
+        known = tuple(cls.model_fields)
+        unknown = [repr(key) for key in values if key not in known]
+        if unknown:
+            raise ValueError(f"XShareConfig: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+        if "budget" not in values:
+            raise ValueError("XShareConfig: budget is missing")
+        return cls(**values)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The configuration as YAML text, written to `path` where given."""
+        import yaml  # type: ignore[import-untyped,unused-ignore]
+
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> XShareConfig:
+        """From a YAML file (a Path, or a name that ends in .yaml or .yml) or from YAML text."""
+        import yaml  # type: ignore[import-untyped,unused-ignore]
+
+        is_file = isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml")))
+        text = Path(source).read_text(encoding="utf-8") if is_file else str(source)
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"XShareConfig: not valid YAML: {error}") from error
+        return cls.from_dict(values)
+
+
+def _smallest(budget: int | tuple[int, ...]) -> int:
+    return budget if isinstance(budget, int) else min(budget)
+
+
+def _wrong(model: BaseModel, field: str, problem: str) -> ValueError:
+    return ValueError(f"{type(model).__name__}({field}={getattr(model, field)!r}): {problem}")
+
+
+def _validated(init: Any, name: str, **values: Any) -> None:
+    """Runs pydantic's own `__init__` and turns its report into one readable line."""
+    try:
+        init(**values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if problem["loc"]:
+            field = str(problem["loc"][0])
+            message = f"{name}({field}={values[field]!r}): {field} {message}"
+        raise ValueError(message) from None
+
+
+class _Family(NamedTuple):
+    """How one model_type writes its router down."""
+
+    scoring: str  # a Scoring, or `norm_topk_prob`: that field decides between softmax and softmax_renorm
+    num_experts: tuple[str, ...]  # names of the field, the first present counts
+    only: Mapping[str, tuple[object, ...]] = MappingProxyType({})  # where present, must be one of these
+    scaled: bool = False
+    grouped: bool = False
+
+
+_LOCAL = ("num_local_experts", "num_experts")
+_ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
+_SIGMOID = _Family(
+    "sigmoid_bias",
+    _ROUTED,
+    only={"norm_topk_prob": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    scaled=True,
+    grouped=True,
+)
+_FAMILIES: dict[str, _Family] = {
+    "gpt_oss": _Family("topk_softmax", _LOCAL),
+    "granitemoe": _Family("topk_softmax", _LOCAL),
+    "mixtral": _Family("softmax_renorm", _LOCAL),
+    "olmoe": _Family("norm_topk_prob", _LOCAL),
+    "qwen2_moe": _Family("norm_topk_prob", _LOCAL),
+    "qwen3_moe": _Family("norm_topk_prob", _LOCAL),
+    "deepseek_v2": _Family(
+        "softmax",
+        _ROUTED,
+        # The transformers router ignores norm_topk_prob; DeepSeek's own renormalises and then does not scale.
+        only={
+            "norm_topk_prob": (False,),
+            "scoring_func": ("softmax",),
+            "topk_method": ("greedy", "group_limited_greedy"),
+        },
+        scaled=True,
+        grouped=True,
+    ),
+    "deepseek_v3": _SIGMOID,
+    "kimi_k2": _SIGMOID,
+    "glm4_moe": _SIGMOID,
+}
+KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(_FAMILIES))
+
+
+class _HFConfig:
+    """Read access to a transformers configuration or to a plain config.json dictionary."""
+
+    def __init__(self, config: object) -> None:
+        self._config = config
+        self.type = str(self.get("model_type"))
+
+    def get(self, name: str) -> Any:
+        if isinstance(self._config, Mapping):
+            return self._config.get(name)
+        return getattr(self._config, name, None)
+
+    def need(self, *names: str) -> Any:
+        for name in names:
+            value = self.get(name)
+            if value is not None:
+                return value
+        raise ValueError(f"RouterSpec.from_hf_config: {self.type} configuration lacks {' or '.join(names)}")
+
+    def refuse_unless(self, field: str, allowed: tuple[object, ...]) -> None:
+        value = self.get(field)
+        if value is None or value in allowed:
+            return
+        right = " or ".join(repr(a) for a in allowed)
+        raise ValueError(
+            f"RouterSpec.from_hf_config: {self.type} with {field}={value!r} is not supported, only {right}"
+        )

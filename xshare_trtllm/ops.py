@@ -1,0 +1,328 @@
+"""`torch.ops.xshare.route` and `torch.ops.xshare.mask_logits`: the native library behind torch's dispatcher.
+
+The library is a plain C ABI (plugins/include/xshare/xshare.h), called through `ctypes` with the tensors'
+addresses, so that one build serves every torch version. It is loaded at the first use, never at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import warnings
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xshare_trtllm.config import SCORINGS, RouterSpec, XShareConfig
+
+LIBRARY = Path(__file__).parent / "lib" / "libxshare.so"
+NUM_STATS = 8
+
+_SCORING_CODES = {name: code for code, name in enumerate(SCORINGS)}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT32_MAX = 2**31 - 1
+
+_PARAMS = struct.Struct("@I6if6id")  # xshare_route_params
+_TENSORS = struct.Struct("@I10P")  # xshare_route_tensors
+
+_SETTINGS = (
+    "int top_k, str scoring, int num_groups, int top_k_groups, float routed_scaling_factor, "
+    "int budget, int warmup, int request_budget, int gpu_budget, int max_rows, float min_coverage"
+)
+_INPUTS = (
+    "Tensor router_logits, Tensor? correction_bias, Tensor? request_ids, Tensor? exempt, Tensor? expert_gpu"
+)
+
+# What the operators take after the tensors, in the order of _SETTINGS. What is off is 0, max_rows -1.
+Settings = tuple[int, str, int, int, float, int, int, int, int, int, float]
+
+
+def available() -> bool:
+    """True where libxshare.so is built and loads. Says once, as a warning, when it is not."""
+    return _load() is not None
+
+
+def version() -> str:
+    """The version of the native library. Raises RuntimeError where it is not built."""
+    return str(_library().xshare_version().decode())
+
+
+def settings(spec: RouterSpec, config: XShareConfig) -> Settings:
+    """The plain numbers of one layer's `spec` and `config` that the operators take after the tensors."""
+    budget = config.budget
+    if not isinstance(budget, int):
+        raise ValueError(
+            "XShareConfig(budget=one per layer): an operator routes one layer, use config.for_layer(i)"
+        )
+    max_rows = config.max_rows
+    return (
+        spec.top_k,
+        spec.scoring,
+        spec.num_groups,
+        spec.top_k_groups,
+        spec.routed_scaling_factor,
+        min(budget, _INT32_MAX),
+        config.warmup,
+        min(config.request_budget or 0, _INT32_MAX),
+        min(config.gpu_budget or 0, _INT32_MAX),
+        -1 if max_rows is None else min(max_rows, _INT32_MAX),
+        config.min_coverage or 0.0,
+    )
+
+
+def route(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    correction_bias: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    exempt: Tensor | None = None,
+    expert_gpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All stages of XShare on the host, in native code.
+
+    router_logits [T, E] fp32, bf16 or fp16; correction_bias [E] float; request_ids [T] int, -1 = padding;
+    exempt [T] bool; expert_gpu [E] int. Returns expert_ids int32 [T, k], expert_weights fp32 [T, k],
+    active_experts bool [E] and stats int64 [8] (`xshare_stat` in xshare.h).
+
+    Raises ValueError for values that do not fit together, RuntimeError where the library is not built.
+    """
+    tensors = (router_logits, correction_bias, request_ids, exempt, expert_gpu)
+    if torch.compiler.is_compiling():
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _route_op(*tensors, *settings(spec, config))
+        return outputs
+    call = _route_op if _needs_dispatcher(router_logits) else _route_cpu
+    outputs = call(*tensors, *_cached_settings(spec, config))
+    return outputs
+
+
+def mask_logits(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    correction_bias: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    exempt: Tensor | None = None,
+    expert_gpu: Tensor | None = None,
+) -> Tensor:
+    """The selection of `route` as logits [T, E] of the same dtype: `-inf` outside a row's allowed experts."""
+    tensors = (router_logits, correction_bias, request_ids, exempt, expert_gpu)
+    if torch.compiler.is_compiling():
+        masked: Tensor = _mask_logits_op(*tensors, *settings(spec, config))
+        return masked
+    call = _mask_logits_op if _needs_dispatcher(router_logits) else _mask_logits_cpu
+    masked = call(*tensors, *_cached_settings(spec, config))
+    return masked
+
+
+def _needs_dispatcher(router_logits: Tensor) -> bool:
+    """Whether something may want to see the operator. Plain eager calls save its third of the time."""
+    plain = type(router_logits) is Tensor and router_logits.is_cpu
+    return not plain or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+# ---- The library ------------------------------------------------------------------------------------------
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        why = str(error) if LIBRARY.exists() else "it was not built"
+        warnings.warn(
+            f"xshare_trtllm: no native library ({why}); routing uses the much slower reference. "
+            "Install a C++ compiler and run `pip install .` again.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    library.xshare_route_cpu.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    library.xshare_route_cpu.restype = ctypes.c_int
+    library.xshare_last_error.restype = ctypes.c_char_p
+    library.xshare_version.restype = ctypes.c_char_p
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if library is None:
+        raise RuntimeError(
+            f"{LIBRARY.name} is not built: install a C++ compiler and run `pip install .` again"
+        )
+    return library
+
+
+_settings_of: dict[tuple[int, int], tuple[Settings, RouterSpec, XShareConfig]] = {}
+
+
+def _cached_settings(spec: RouterSpec, config: XShareConfig) -> Settings:
+    """By identity: both are immutable, and hashing them would cost more than the routing."""
+    entry = _settings_of.get((id(spec), id(config)))
+    if entry is not None:
+        return entry[0]
+    if len(_settings_of) >= 1024:
+        _settings_of.clear()
+    values = settings(spec, config)
+    _settings_of[id(spec), id(config)] = (values, spec, config)  # kept alive, so that an id is never reused
+    return values
+
+
+def _shape(router_logits: Tensor) -> tuple[int, int]:
+    if router_logits.dim() != 2:
+        raise ValueError(f"router_logits: shape must be [rows, experts], got {list(router_logits.shape)}")
+    num_tokens, num_experts = router_logits.shape
+    return num_tokens, num_experts
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _as_int32(tensor: Tensor) -> Tensor:
+    """Values beyond int32 become invalid ones rather than wrap around to valid ones."""
+    return _as_dtype(tensor.clamp(-2, _INT32_MAX) if tensor.dtype is torch.int64 else tensor, torch.int32)
+
+
+def _request_ids(request_ids: Tensor) -> Tensor:
+    """Any request ids as int32; those beyond int32 are numbered anew."""
+    if request_ids.dtype is torch.int64 and bool((request_ids > _INT32_MAX).any()):
+        renumbered = torch.unique(request_ids, return_inverse=True)[1]
+        request_ids = torch.where(request_ids < 0, request_ids, renumbered)
+    return _as_int32(request_ids)
+
+
+def _check_shape(name: str, tensor: Tensor, length: int) -> None:
+    if tensor.shape != (length,):
+        raise ValueError(f"{name}: shape must be [{length}], got {list(tensor.shape)}")
+
+
+def pack_params(num_tokens: int, num_experts: int, dtype: torch.dtype, values: Settings) -> bytes:
+    """An `xshare_route_params` for this shape and what `settings` returned."""
+    top_k, scoring, num_groups, top_k_groups, scale, *budgets = values
+    code = _SCORING_CODES.get(scoring)
+    dtype_code = _DTYPE_CODES.get(dtype)
+    if code is None:
+        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, not {scoring!r}")
+    if dtype_code is None:
+        raise ValueError(f"router_logits: dtype must be float32, bfloat16 or float16, got {dtype}")
+    shape = (num_tokens, num_experts, top_k, code, num_groups, top_k_groups)
+    return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype_code, *budgets)
+
+
+_packed_params = lru_cache(maxsize=1024)(pack_params)
+
+
+def _call(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    values: Settings,
+    outputs: tuple[int, int, int, int, int],
+) -> None:
+    num_tokens, num_experts = router_logits.shape
+    params = _packed_params(num_tokens, num_experts, router_logits.dtype, values)
+    logits = router_logits if router_logits.is_contiguous() else router_logits.contiguous()
+    bias = gpus = ids = free = None
+    if correction_bias is not None:
+        _check_shape("correction_bias", correction_bias, num_experts)
+        bias = _as_dtype(correction_bias, torch.float32)
+    if request_ids is not None:
+        _check_shape("request_ids", request_ids, num_tokens)
+        ids = _request_ids(request_ids)
+    if exempt is not None:
+        _check_shape("exempt", exempt, num_tokens)
+        free = _as_dtype(exempt, torch.bool)
+    if expert_gpu is not None:
+        _check_shape("expert_gpu", expert_gpu, num_experts)
+        gpus = _as_int32(expert_gpu)
+    tensors = _TENSORS.pack(
+        _TENSORS.size,
+        logits.data_ptr(),
+        _address(bias),
+        _address(ids),
+        _address(free),
+        _address(gpus),
+        *outputs,
+    )
+    library = _library()
+    if library.xshare_route_cpu(params, tensors, None, 0) != 0:
+        raise ValueError(library.xshare_last_error().decode())
+
+
+# ---- The operators ----------------------------------------------------------------------------------------
+
+
+def _empty_outputs(num_tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(num_tokens, top_k, dtype=torch.int32),
+        torch.empty(num_tokens, top_k, dtype=torch.float32),
+        torch.empty(num_experts, dtype=torch.bool),
+        torch.empty(NUM_STATS, dtype=torch.int64),
+    )
+
+
+def _route_cpu(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    *values: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty_outputs(*_shape(router_logits), values[0])
+    ids, weights, active, stats = (output.data_ptr() for output in outputs)
+    addresses = (ids, weights, 0, active, stats)
+    _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)  # type: ignore[arg-type]
+    return outputs
+
+
+def _route_fake(router_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = router_logits.shape
+    top_k = arguments[4]
+    return (
+        router_logits.new_empty((num_tokens, top_k), dtype=torch.int32),
+        router_logits.new_empty((num_tokens, top_k), dtype=torch.float32),
+        router_logits.new_empty((num_experts,), dtype=torch.bool),
+        router_logits.new_empty((NUM_STATS,), dtype=torch.int64),
+    )
+
+
+def _mask_logits_cpu(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    *values: Any,
+) -> Tensor:
+    _shape(router_logits)
+    masked = torch.empty(router_logits.shape, dtype=router_logits.dtype)
+    outputs = (0, 0, masked.data_ptr(), 0, 0)
+    _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)  # type: ignore[arg-type]
+    return masked
+
+
+def _mask_logits_fake(router_logits: Tensor, *_: Any) -> Tensor:
+    return router_logits.new_empty(router_logits.shape)
+
+
+_definitions: Any = torch.library.Library("xshare", "DEF")
+_definitions.define(f"route({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_definitions.define(f"mask_logits({_INPUTS}, {_SETTINGS}) -> Tensor")
+_definitions.impl("route", _route_cpu, "CPU")
+_definitions.impl("mask_logits", _mask_logits_cpu, "CPU")
+torch.library.register_fake("xshare::route", _route_fake, lib=_definitions)
+torch.library.register_fake("xshare::mask_logits", _mask_logits_fake, lib=_definitions)
+_route_op = torch.ops.xshare.route.default
+_mask_logits_op = torch.ops.xshare.mask_logits.default

@@ -1,0 +1,242 @@
+"""`route` and `mask_logits`: arguments checked, a backend chosen, the result named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xshare_trtllm import ops, reference
+from xshare_trtllm.config import RouterSpec, XShareConfig
+
+Backend = Literal["auto", "native", "reference"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INTS = (torch.int32, torch.int64, torch.int16, torch.int8)
+_BOOLS = (torch.bool,)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStats:
+    """What one call did. `before` is the model's own routing, `after` this one; padding never counts.
+
+    experts_before, experts_after    distinct experts of the layer in use
+    kept_affinity                    share of the affinity that the active experts keep, 0 to 1
+    warmup_overflow                  experts by which the warm-up exceeds the budgets (0: it fits)
+    peak_gpu_before, peak_gpu_after  distinct experts on the GPU that has most of them
+    rows                             real rows
+    stood_aside                      the output is the model's own routing
+    """
+
+    experts_before: int
+    experts_after: int
+    kept_affinity: float
+    warmup_overflow: int
+    peak_gpu_before: int
+    peak_gpu_after: int
+    rows: int
+    stood_aside: bool
+
+    @classmethod
+    def decode(cls, raw: Tensor) -> RoutingStats:
+        """From the int64 [8] of a backend: experts before and after, affinity kept, in total (fixed point),
+        overflow, two peaks, and the rows with `stood_aside` in bit 32."""
+        before, after, kept, total, overflow, peak_before, peak_after, rows = raw.tolist()
+        stood_aside = bool(rows >> 32)
+        whole = stood_aside or total == 0
+        return cls(
+            experts_before=before,
+            experts_after=after,
+            kept_affinity=1.0 if whole else kept / total,
+            warmup_overflow=overflow,
+            peak_gpu_before=peak_before,
+            peak_gpu_after=peak_after,
+            rows=rows & 0xFFFFFFFF,
+            stood_aside=stood_aside,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The routing of one MoE layer in one step.
+
+    expert_ids      [T, k] int32, by rank
+    expert_weights  [T, k] fp32, 0 in slots that a row does not use
+    active_experts  [E] bool, the set `S` (the union of the rows' own top-k where XShare stood aside)
+    raw_stats       [8] int64, decoded by `stats` when asked, so that a decode loop never waits for it
+    """
+
+    expert_ids: Tensor
+    expert_weights: Tensor
+    active_experts: Tensor
+    raw_stats: Tensor
+
+    @property
+    def stats(self) -> RoutingStats:
+        return RoutingStats.decode(self.raw_stats)
+
+
+def route(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    *,
+    correction_bias: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    exempt: Tensor | None = None,
+    expert_gpu: Tensor | None = None,
+    backend: Backend = "auto",
+    check: bool = False,
+) -> Routing:
+    """Routes one MoE layer's rows to a shared set of experts within a budget.
+
+    All stages of XShare (Vankov et al., arXiv 2602.07265), as the configuration switches them on.
+
+    router_logits    [T, E] fp32, bf16 or fp16
+    correction_bias  [E] float, added to the ranking score (`sigmoid_bias` only; default zeros)
+    request_ids      [T] int, the request of each row, >= 0; -1 = padding (default: every row is real)
+    exempt           [T] bool, rows that keep their own top-k (prefill)
+    expert_gpu       [E] int, the GPU (or other group) that holds each expert, 0 <= g < E
+    backend          `reference`, `native`, or `auto`: native where it is built
+    check            also refuse rows with NaN or infinite logits; otherwise such a row is treated as padding
+
+    Raises ValueError where the arguments do not fit together.
+    """
+    run = _prepare(
+        router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu, backend, check
+    )
+    return Routing(*run.route(router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu))
+
+
+def mask_logits(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    *,
+    correction_bias: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    exempt: Tensor | None = None,
+    expert_gpu: Tensor | None = None,
+    backend: Backend = "auto",
+    check: bool = False,
+) -> Tensor:
+    """The selection of `route` as logits, `-inf` where a row may not go: for engines that route themselves.
+
+    Arguments and errors as for `route`. Returns [T, E] in the logits' dtype. Exempt rows, and all real
+    rows where XShare stands aside, are unchanged; padding rows are 0 inside the active experts.
+    """
+    run = _prepare(
+        router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu, backend, check
+    )
+    masked: Tensor = run.mask_logits(
+        router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu
+    )
+    return masked
+
+
+def _prepare(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    backend: Backend,
+    check: bool,
+) -> ModuleType:
+    """Checks the arguments and returns the module that runs them."""
+    if not torch.compiler.is_compiling():  # under torch.compile the operators check it
+        _check_layer(spec, config)
+    experts = spec.num_experts
+    if router_logits.dtype not in _FLOATS or router_logits.dim() != 2 or router_logits.shape[1] != experts:
+        _refuse_tensor("router_logits", router_logits, _FLOATS, f"[rows, {experts}]")
+    rows = (router_logits.shape[0],)
+    if correction_bias is not None:
+        if spec.scoring != "sigmoid_bias":
+            raise ValueError(f"correction_bias: only sigmoid_bias has one, the scoring is {spec.scoring}")
+        _check_vector("correction_bias", correction_bias, _FLOATS, (experts,))
+    if request_ids is not None:
+        _check_vector("request_ids", request_ids, _INTS, rows)
+    elif config.request_budget is not None:
+        raise ValueError(f"XShareConfig(request_budget={config.request_budget}): route needs request_ids")
+    if exempt is not None:
+        _check_vector("exempt", exempt, _BOOLS, rows)
+    if expert_gpu is not None:
+        _check_vector("expert_gpu", expert_gpu, _INTS, (experts,))
+    elif config.gpu_budget is not None:
+        raise ValueError(f"XShareConfig(gpu_budget={config.gpu_budget}): route needs expert_gpu")
+    if check:
+        _check_finite(router_logits)
+    module = _backend(backend, router_logits.device.type)
+    if check or module is reference:  # the native code checks the values itself
+        _check_values(correction_bias, request_ids, expert_gpu)
+    return module
+
+
+@lru_cache(maxsize=4096)
+def _check_layer(spec: RouterSpec, config: XShareConfig) -> None:
+    if not isinstance(config.budget, int):
+        raise ValueError(
+            "XShareConfig(budget=one per layer): route needs one layer's configuration, config.for_layer(i)"
+        )
+    config.check(spec)
+
+
+def _check_vector(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int]) -> None:
+    if tensor.dtype not in dtypes or tensor.shape != shape:
+        _refuse_tensor(name, tensor, dtypes, str(list(shape)))
+
+
+def _refuse_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str) -> None:
+    if tensor.dtype in dtypes:
+        raise ValueError(f"{name}: shape must be {shape}, got {list(tensor.shape)}")
+    wanted, got = ", ".join(map(_name, dtypes)), _name(tensor.dtype)
+    raise ValueError(f"{name}: dtype must be one of {wanted}, got {got}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_finite(router_logits: Tensor) -> None:
+    bad = (~router_logits.isfinite()).any(dim=-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"router_logits: row {bad[0]} has NaN or infinite logits ({len(bad)} such rows)")
+
+
+def _check_values(
+    correction_bias: Tensor | None, request_ids: Tensor | None, expert_gpu: Tensor | None
+) -> None:
+    if correction_bias is not None and not bool(correction_bias.isfinite().all()):
+        raise ValueError("correction_bias: has NaN or infinite values")
+    if request_ids is not None and bool((request_ids < -1).any()):
+        raise ValueError(f"request_ids: must be >= 0, or -1 for padding, got {int(request_ids.min())}")
+    if expert_gpu is None:
+        return
+    last = len(expert_gpu) - 1
+    if bool((expert_gpu.long().clamp(0, last) != expert_gpu).any()):
+        raise ValueError(f"expert_gpu: must be from 0 to num_experts - 1 = {last}")
+
+
+def _backend(name: str, device: str) -> ModuleType:
+    if name == "auto":
+        return ops if device == "cpu" and _native_is_built() else reference
+    if name == "reference":
+        return reference
+    if name != "native":
+        raise ValueError(f"backend={name!r}: must be auto, native or reference")
+    if not _native_is_built():
+        raise ValueError(
+            "backend='native': libxshare.so is not built; install a C++ compiler and run `pip install .`"
+        )
+    return ops
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def _native_is_built() -> bool:
+    return ops.available()
