@@ -2,9 +2,9 @@
 
     python benchmarks/specialisation.py [--json PATH]
 
-Per layer: the distinct experts that 16 rows of one domain pick in a decode step, those of 16 rows of mixed domains, and
-the law of uniformly random choice, E * (1 - (1 - k/E)^16). And bits per byte of the held-out text against gzip and xz on
-the same bytes.
+Per layer: the distinct experts that 16 rows of one domain pick in a decode step, those of 16 rows of mixed
+domains, and the law of uniformly random choice, E * (1 - (1 - k/E)^16). And bits per byte of the held-out
+text against gzip and xz on the same bytes.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from statistics import mean
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from xshare_trtllm import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation import attach, held_out, load_model, teacher_forced, token_batches, token_bytes
-from xshare_trtllm.report import machine, write_json
+from xshare_trtllm.report import console, machine, write_json
 
 LENGTH, BATCH = 400, 16
 
 
 @click.command()
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="where to write the numbers")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="where to write the numbers"
+)
 def main(json_path: Path | None) -> None:
     """Measure the specialisation and the compression of the shipped model."""
-    console = Console()
+    out = console()
     model, tokenizer = load_model()
     spec = RouterSpec.from_hf_config(model.config)
     sizes = token_bytes(tokenizer)
@@ -53,22 +54,27 @@ def main(json_path: Path | None) -> None:
     gzip_bits = 8 * len(gzip.compress(text, 9)) / len(text)
     xz_bits = 8 * len(lzma.compress(text, preset=9)) / len(text)
 
-    table = Table(title=f"Distinct experts of {spec.num_experts} that 16 rows pick in a decode step (top-{spec.top_k})")
-    for name in ("layer", "uniformly random", "mixed domains", "one domain (mean)", *domains):
+    table = Table(
+        title=f"Distinct experts of {spec.num_experts} that 16 rows pick in a decode step (top-{spec.top_k})"
+    )
+    for name in ("layer", "random", "mixed", "one domain", *domains):
         table.add_column(name, justify="right")
     layers = []
     for layer, count in enumerate(mixed):
         single = {domain: values[2][layer] for domain, values in by_domain.items()}
-        layers.append({"uniform": uniform, "mixed": count, "one_domain": mean(single.values()), "domains": single})
+        layers.append(
+            {"uniform": uniform, "mixed": count, "one_domain": mean(single.values()), "domains": single}
+        )
         cells = [uniform, count, mean(single.values()), *single.values()]
         table.add_row(str(layer), *(f"{cell:.1f}" for cell in cells))
-    console.print(table)
-    console.print(
-        f"Held-out text, {len(text)} bytes, bits per byte: model {bits:.3f}, gzip -9 {gzip_bits:.3f}, xz -9 {xz_bits:.3f}; "
+    out.print(table)
+    out.print(
+        f"Held-out text, {len(text)} bytes, bits per byte: "
+        f"model {bits:.3f}, gzip -9 {gzip_bits:.3f}, xz -9 {xz_bits:.3f}; "
         f"next-token accuracy {accuracy:.1%}"
     )
     for domain, (domain_bits, domain_accuracy, _) in by_domain.items():
-        console.print(f"  {domain:8} {domain_bits:.3f} bits per byte, accuracy {domain_accuracy:.1%}")
+        out.print(f"  {domain:8} {domain_bits:.3f} bits per byte, accuracy {domain_accuracy:.1%}")
     if json_path:
         report = {
             "machine": machine(),

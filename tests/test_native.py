@@ -43,6 +43,14 @@ def test_fuzz(build: Path, seed: int) -> None:
         assert any(text.startswith(kind) for text in counts), f"never refused {kind}: {output}"
 
 
+def test_fuzz_experts(build: Path) -> None:
+    output = run(str(build / "fuzz_experts"), "20000", "1")
+    counts = {text: int(count) for count, text in re.findall(r"(\d+) (.+)", output)}
+    assert counts["no error"] > 4000, output
+    for kind in ("a struct", "a parameter", "a tensor", "the workspace"):
+        assert any(text.startswith(kind) for text in counts), f"never refused {kind}: {output}"
+
+
 def test_header_is_plain_c(build: Path) -> None:
     assert "no error" in run(str(build / "abi_check"))
 

@@ -27,6 +27,8 @@ _INT32_MAX = 2**31 - 1
 
 _PARAMS = struct.Struct("@I6if6id")  # xshare_route_params
 _TENSORS = struct.Struct("@I10P")  # xshare_route_tensors
+_EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
+_EXPERTS_TENSORS = struct.Struct("@I6P")  # xshare_experts_tensors
 
 _SETTINGS = (
     "int top_k, str scoring, int num_groups, int top_k_groups, float routed_scaling_factor, "
@@ -118,6 +120,53 @@ def mask_logits(
     return masked
 
 
+def experts(
+    hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The routed experts (SwiGLU) of one MoE layer on the host, without gradients: [T, H] fp32.
+
+    One pass over the weights of each expert that a slot with a weight names, none over the others.
+
+    hidden_states   [T, H] fp32
+    expert_ids      [T, k] int
+    expert_weights  [T, k] fp32
+    gate_up         [E, 2F, H] fp32: F rows of the gate projection, then F of the up projection
+    down            [E, H, F] fp32
+
+    Raises ValueError where shapes, dtypes or ids do not fit.
+    """
+    (num_tokens, width), (num_experts, _, size) = hidden_states.shape, down.shape
+    top_k = expert_ids.shape[-1]
+    inputs = {
+        "hidden_states": (hidden_states, (num_tokens, width)),
+        "expert_weights": (expert_weights, (num_tokens, top_k)),
+        "gate_up": (gate_up, (num_experts, 2 * size, width)),
+        "down": (down, (num_experts, width, size)),
+    }
+    for name, (tensor, shape) in inputs.items():
+        if tensor.shape != shape or tensor.dtype is not torch.float32:
+            raise ValueError(
+                f"{name}: must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if expert_ids.shape != (num_tokens, top_k):
+        raise ValueError(f"expert_ids: shape must be [{num_tokens}, {top_k}], got {list(expert_ids.shape)}")
+    ids = _as_int32(expert_ids)
+    dense = [tensor.contiguous() for tensor, _ in inputs.values()]
+    output = torch.empty(num_tokens, width)
+    params = _EXPERTS_PARAMS.pack(_EXPERTS_PARAMS.size, num_tokens, num_experts, top_k, width, size)
+    addresses = (dense[0], ids, *dense[1:], output)
+    tensors = _EXPERTS_TENSORS.pack(_EXPERTS_TENSORS.size, *(tensor.data_ptr() for tensor in addresses))
+    library = _library()
+    needed = ctypes.c_size_t()
+    status = library.xshare_experts_workspace_size(params, ctypes.byref(needed))
+    if status == 0:
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        status = library.xshare_experts_cpu(params, tensors, workspace.data_ptr(), needed.value)
+    if status != 0:
+        raise ValueError(library.xshare_last_error().decode())
+    return output
+
+
 def _needs_dispatcher(router_logits: Tensor) -> bool:
     """Whether something may want to see the operator. Plain eager calls save its third of the time."""
     plain = type(router_logits) is Tensor and router_logits.is_cpu
@@ -127,11 +176,26 @@ def _needs_dispatcher(router_logits: Tensor) -> bool:
 # ---- The library ------------------------------------------------------------------------------------------
 
 
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.xshare_route_cpu.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    library.xshare_route_cpu.restype = ctypes.c_int
+    library.xshare_experts_workspace_size.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.xshare_experts_workspace_size.restype = ctypes.c_int
+    library.xshare_experts_cpu.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    library.xshare_experts_cpu.restype = ctypes.c_int
+    library.xshare_last_error.restype = ctypes.c_char_p
+    library.xshare_version.restype = ctypes.c_char_p
+    return library
+
+
 @cache
 def _load() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        library = _declare(ctypes.CDLL(str(LIBRARY)))
+    except (
+        OSError,
+        AttributeError,
+    ) as error:  # AttributeError: built from older sources, a function is missing
         why = str(error) if LIBRARY.exists() else "it was not built"
         warnings.warn(
             f"xshare_trtllm: no native library ({why}); routing uses the much slower reference. "
@@ -140,10 +204,6 @@ def _load() -> ctypes.CDLL | None:
             stacklevel=3,
         )
         return None
-    library.xshare_route_cpu.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    library.xshare_route_cpu.restype = ctypes.c_int
-    library.xshare_last_error.restype = ctypes.c_char_p
-    library.xshare_version.restype = ctypes.c_char_p
     return library
 
 

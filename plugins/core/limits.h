@@ -10,6 +10,7 @@ constexpr int kMaxTopK = 16;
 // An affinity is at most 1, so a column sum is at most 2^20 * 2^20 = 2^40: room for the expert id beside it
 // (ordering.h).
 constexpr int kMaxTokens = 1 << 20;
+constexpr int kWorkspaceAlignment = 64;  // bytes
 
 }  // namespace xshare
 

@@ -17,6 +17,12 @@ struct Message {
     char text[256] = "";
 };
 
+// What xshare_last_error() tells this thread.
+inline Message& last_error() {
+    thread_local Message message;
+    return message;
+}
+
 __attribute__((format(printf, 3, 4))) inline xshare_status refuse(Message& message, xshare_status status,
                                                                   const char* format, ...) {
     va_list arguments;
@@ -24,6 +30,27 @@ __attribute__((format(printf, 3, 4))) inline xshare_status refuse(Message& messa
     vsnprintf(message.text, sizeof message.text, format, arguments);
     va_end(arguments);
     return status;
+}
+
+// Copies a caller's struct, whatever its address is aligned to.
+template <typename Struct>
+xshare_status copy_struct(const Struct* source, const char* name, Struct& copy, Message& message) {
+    if (source == nullptr) return refuse(message, XSHARE_INVALID_STRUCT, "%s is NULL", name);
+    uint32_t size;
+    memcpy(&size, static_cast<const void*>(source), sizeof size);
+    if (size != sizeof(Struct))
+        return refuse(message, XSHARE_INVALID_STRUCT, "%s.struct_size is %u, but this library (%d.%d.%d) has %zu", name, size,
+                      XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH, sizeof(Struct));
+    memcpy(&copy, static_cast<const void*>(source), sizeof(Struct));
+    return XSHARE_OK;
+}
+
+inline xshare_status check_workspace(size_t needed, const void* workspace, size_t size, Message& message) {
+    constexpr xshare_status bad = XSHARE_INVALID_WORKSPACE;
+    if (size < needed) return refuse(message, bad, "the workspace has %zu bytes, but %zu are needed", size, needed);
+    if (needed > 0 && (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment != 0))
+        return refuse(message, bad, "the workspace is NULL or not aligned to %d bytes", kWorkspaceAlignment);
+    return XSHARE_OK;
 }
 
 inline bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }

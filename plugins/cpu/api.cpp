@@ -8,8 +8,6 @@
 namespace xshare {
 namespace {
 
-thread_local Message last_error;
-
 // Grow-only, freed when its thread ends.
 class ThreadBuffer {
   public:
@@ -32,35 +30,14 @@ class ThreadBuffer {
 
 thread_local ThreadBuffer thread_buffer;
 
-// Copies a caller's struct, whatever its address is aligned to.
-template <typename Struct>
-xshare_status copy_struct(const Struct* source, const char* name, Struct& copy) {
-    if (source == nullptr) return refuse(last_error, XSHARE_INVALID_STRUCT, "%s is NULL", name);
-    uint32_t size;
-    memcpy(&size, static_cast<const void*>(source), sizeof size);
-    if (size != sizeof(Struct))
-        return refuse(last_error, XSHARE_INVALID_STRUCT,
-                      "%s.struct_size is %u, but this library (%d.%d.%d) has %zu", name, size,
-                      XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH, sizeof(Struct));
-    memcpy(&copy, static_cast<const void*>(source), sizeof(Struct));
-    return XSHARE_OK;
-}
-
 xshare_status find_workspace(size_t needed, void* workspace, size_t workspace_size, unsigned char*& found) {
     if (workspace == nullptr && workspace_size == 0) {
         found = thread_buffer.reserve(needed);
         if (found != nullptr || needed == 0) return XSHARE_OK;
-        return refuse(last_error, XSHARE_OUT_OF_MEMORY, "no memory for a workspace of %zu bytes", needed);
+        return refuse(last_error(), XSHARE_OUT_OF_MEMORY, "no memory for a workspace of %zu bytes", needed);
     }
-    if (workspace_size < needed)
-        return refuse(last_error, XSHARE_INVALID_WORKSPACE, "the workspace has %zu bytes, but %zu are needed",
-                      workspace_size, needed);
-    if (needed > 0 &&
-        (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment != 0))
-        return refuse(last_error, XSHARE_INVALID_WORKSPACE,
-                      "the workspace is NULL or not aligned to %zu bytes", kWorkspaceAlignment);
     found = static_cast<unsigned char*>(workspace);
-    return XSHARE_OK;
+    return check_workspace(needed, workspace, workspace_size, last_error());
 }
 
 }  // namespace
@@ -71,9 +48,9 @@ extern "C" {
 xshare_status xshare_workspace_size(const xshare_route_params* params, size_t* workspace_size) {
     using namespace xshare;
     xshare_route_params p;
-    if (workspace_size == nullptr) return refuse(last_error, XSHARE_INVALID_STRUCT, "workspace_size is NULL");
-    xshare_status status = copy_struct(params, "xshare_route_params", p);
-    if (status == XSHARE_OK) status = check_params(p, last_error);
+    if (workspace_size == nullptr) return refuse(last_error(), XSHARE_INVALID_STRUCT, "workspace_size is NULL");
+    xshare_status status = copy_struct(params, "xshare_route_params", p, last_error());
+    if (status == XSHARE_OK) status = check_params(p, last_error());
     if (status == XSHARE_OK) *workspace_size = route_workspace_size(p);
     return status;
 }
@@ -84,11 +61,11 @@ xshare_status xshare_route_cpu(const xshare_route_params* params, const xshare_r
     xshare_route_params p;
     xshare_route_tensors t;
     unsigned char* buffer = nullptr;
-    xshare_status status = copy_struct(params, "xshare_route_params", p);
-    if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_route_tensors", t);
-    if (status == XSHARE_OK) status = check_params(p, last_error);
-    if (status == XSHARE_OK) status = check_pointers(p, t, last_error);
-    if (status == XSHARE_OK) status = check_contents(p, t, last_error);
+    xshare_status status = copy_struct(params, "xshare_route_params", p, last_error());
+    if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_route_tensors", t, last_error());
+    if (status == XSHARE_OK) status = check_params(p, last_error());
+    if (status == XSHARE_OK) status = check_pointers(p, t, last_error());
+    if (status == XSHARE_OK) status = check_contents(p, t, last_error());
     if (status == XSHARE_OK)
         status = find_workspace(route_workspace_size(p), workspace, workspace_size, buffer);
     if (status == XSHARE_OK) route(p, t, buffer);
@@ -111,11 +88,13 @@ const char* xshare_error_string(xshare_status status) {
             return "out of memory";
         case XSHARE_INTERNAL_ERROR:
             return "internal error";
+        case XSHARE_CUDA_ERROR:
+            return "a CUDA call failed";
     }
     return "unknown status";
 }
 
-const char* xshare_last_error(void) { return xshare::last_error.text; }
+const char* xshare_last_error(void) { return xshare::last_error().text; }
 
 #define XSHARE_STRING(x) #x
 #define XSHARE_DOTTED(major, minor, patch) \

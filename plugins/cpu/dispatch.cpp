@@ -14,7 +14,7 @@ extern const RowKernels kernels;
 
 const RowKernels& row_kernels() {
 #if defined(XSHARE_HAVE_AVX2)
-    static const bool has_avx2 = __builtin_cpu_supports("avx2");
+    static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (has_avx2) return avx2::kernels;
 #endif
     return baseline::kernels;

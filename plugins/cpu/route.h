@@ -4,11 +4,10 @@
 
 #include <stddef.h>
 
+#include "core/limits.h"
 #include "xshare/xshare.h"
 
 namespace xshare {
-
-constexpr size_t kWorkspaceAlignment = 64;
 
 size_t route_workspace_size(const xshare_route_params& params);
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
     GraniteMoeConfig,
+    LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
@@ -33,8 +34,19 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-LATENT = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-ROUTED = {"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "n_shared_experts": 1}
+LATENT = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+ROUTED = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}
 GROUPS = {"n_group": 4, "topk_group": 2}
 FAMILIES = {
     "gpt_oss": lambda: GptOssConfig(**SHAPE, head_dim=8, num_local_experts=16, num_experts_per_tok=4),
@@ -42,13 +54,26 @@ FAMILIES = {
     "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=16, num_experts_per_tok=2),
     "olmoe": lambda: OlmoeConfig(**SHAPE, num_experts=16, num_experts_per_tok=4),
     "qwen2_moe": lambda: Qwen2MoeConfig(
-        **SHAPE, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=16, num_experts_per_tok=4
+        **SHAPE,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=16,
+        num_experts_per_tok=4,
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SHAPE, head_dim=8, moe_intermediate_size=16, num_experts=16, num_experts_per_tok=4, norm_topk_prob=True
+        **SHAPE,
+        head_dim=8,
+        moe_intermediate_size=16,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
     ),
     "deepseek_v2": lambda: DeepseekV2Config(
-        **SHAPE | {"num_key_value_heads": 4}, **LATENT, **ROUTED, first_k_dense_replace=1, topk_method="greedy"
+        **SHAPE | {"num_key_value_heads": 4},
+        **LATENT,
+        **ROUTED,
+        first_k_dense_replace=1,
+        topk_method="greedy",
     ),
     "deepseek_v3": lambda: DeepseekV3Config(
         **SHAPE | {"num_key_value_heads": 4}, **LATENT, **ROUTED, **GROUPS, first_k_dense_replace=1
@@ -114,14 +139,19 @@ def test_stepwise_is_teacher_forced_decoding(model):
     assert [layer.steps for layer in stepwise.stats] == [LENGTH] * len(steps)
     assert [layer.experts_after for layer in stepwise.stats] == [layer.experts_after for layer in steps]
     own = model(input_ids=tokens).logits
-    assert not torch.allclose(got, own, rtol=1e-2, atol=1e-2), "the budget changed nothing: the test shows nothing"
+    assert not torch.allclose(got, own, rtol=1e-2, atol=1e-2), (
+        "the budget changed nothing: the test shows nothing"
+    )
 
 
 def test_the_experts_module_sees_no_more_than_the_budget(model):
     config, seen = tight(model), []
-    experts = [module for name, module in model.named_modules() if name.endswith("experts") and "shared" not in name]
+    experts = [
+        module for name, module in model.named_modules() if name.endswith("experts") and "shared" not in name
+    ]
     hooks = [
-        module.register_forward_pre_hook(lambda _, args: seen.append(len(args[1].unique()))) for module in experts
+        module.register_forward_pre_hook(lambda _, args: seen.append(len(args[1].unique())))
+        for module in experts
     ]
     step = random_tokens()[:, :1]
     model(input_ids=step)
@@ -200,9 +230,10 @@ def test_generate_of_transformers_takes_the_hook():
 def test_budgets_per_layer_and_gpus():
     model = random_model("qwen3_moe")
     expert_gpu = torch.arange(16) // 4
-    with torch.inference_mode(), attach(
-        model, XShareConfig((12, 6), gpu_budget=3), expert_gpu=expert_gpu
-    ) as attached:
+    with (
+        torch.inference_mode(),
+        attach(model, XShareConfig((12, 6), gpu_budget=3), expert_gpu=expert_gpu) as attached,
+    ):
         model(input_ids=random_tokens()[:, :1])
     first, second = attached.stats
     assert first.experts_after > 6 >= second.experts_after - second.warmup_overflow

@@ -1,6 +1,7 @@
 """Measure XShare on real models: hooks for transformers, the shipped model, quality and speed."""
 
 from xshare_trtllm.evaluation.attach import Attachment, LayerStats, attach
+from xshare_trtllm.evaluation.decoder import Decoder, KVCache
 from xshare_trtllm.evaluation.measure import Quality, agreement, greedy_decode, teacher_forced
 from xshare_trtllm.evaluation.model import (
     MODEL_DIR,
@@ -14,7 +15,9 @@ from xshare_trtllm.evaluation.model import (
 __all__ = [
     "MODEL_DIR",
     "Attachment",
+    "Decoder",
     "Document",
+    "KVCache",
     "LayerStats",
     "Quality",
     "agreement",

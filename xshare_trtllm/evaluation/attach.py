@@ -1,4 +1,4 @@
-"""XShare inside a transformers model: every router is replaced, on the instance, by one that calls `route`."""
+"""XShare inside a transformers model: every router instance calls `route` in place of its own top-k."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def attach(
 ) -> Attachment:
     """Puts XShare into every MoE layer of a transformers model, until `detach()` or the end of a `with`.
 
-    Works on the families that `RouterSpec.from_hf_config` knows and transformers 5 implements. Row `(b, l)` of a
-    forward pass belongs to request `b`; where a 2-D `attention_mask` says that it is padding, it is padding.
+    Works on the families that `RouterSpec.from_hf_config` knows and transformers 5 implements. Row `(b, l)`
+    of a forward pass belongs to request `b`; where a 2-D `attention_mask` says that it is padding, it is
+    padding.
 
     config      budgets per layer count MoE layers only
     prefill     what to do with a pass of more than one token per sequence:
                 `exempt`    the model's own routing (prefill; it is not counted in the statistics)
                 `shared`    all rows of the pass are one batch (verification of draft tokens)
-                `stepwise`  every position is a step of its own: what decoding the same tokens would compute, with
-                            one row per sequence and step, in a single pass
+                `stepwise`  every position is a step of its own: what decoding the same tokens would
+                            compute, with one row per sequence and step, in a single pass
     expert_gpu  [E] int, the GPU that holds each expert
 
-    Raises ValueError for a model without known routers, one that is attached already, or a configuration that does
-    not fit.
+    Raises ValueError for a model without known routers, one that is attached already, or a configuration
+    that does not fit.
     """
     return Attachment(model, config, prefill, expert_gpu)
 
@@ -69,11 +70,14 @@ class Attachment:
     ) -> None:
         if prefill not in get_args(Prefill):
             raise ValueError(f"prefill={prefill!r}: must be one of {', '.join(get_args(Prefill))}")
-        self.spec = RouterSpec.from_hf_config(model.config)
+        model_config: Any = model.config
+        self.spec = RouterSpec.from_hf_config(model_config)
         self.prefill = prefill
         self._routers = find_routers(model)
         if any("forward" in vars(router) for router in self._routers):
-            raise ValueError("attach: the model's routers are replaced already; detach the earlier attachment")
+            raise ValueError(
+                "attach: the model's routers are replaced already; detach the earlier attachment"
+            )
         config.check(self.spec)
         if isinstance(config.budget, tuple) and len(config.budget) != len(self._routers):
             raise ValueError(
@@ -82,9 +86,9 @@ class Attachment:
             )
         self._configs = [config.for_layer(layer) for layer in range(len(self._routers))]
         self._expert_gpu = expert_gpu
-        self._batch, self._length = 1, 1
-        self._padding: Tensor | None = None  # [batch, length] bool
-        self._model_type: str = model.config.model_type
+        self._batch, self._length, self._masked = 0, 0, False  # of the pass under way
+        self._request_ids = torch.empty(0, 0, dtype=torch.int32)  # [batch, length], -1 = padding
+        self._model_type = str(model_config.model_type)
         self.reset_stats()
         for layer, router in enumerate(self._routers):
             router.forward = partial(self._forward, layer, router.forward, router)
@@ -111,7 +115,7 @@ class Attachment:
 
     def reset_stats(self) -> None:
         """Forget the steps counted so far."""
-        self._totals = torch.zeros(len(self._routers), 8, dtype=torch.int64)
+        self._totals = [torch.zeros(8, dtype=torch.int64) for _ in self._routers]
         self._steps = [0] * len(self._routers)
 
     def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,10 +123,15 @@ class Attachment:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
-        self._batch, self._length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
         is_2d = isinstance(mask, Tensor) and mask.dim() == 2
-        self._padding = mask[:, -self._length :] == 0 if is_2d else None
+        if tokens.shape[:2] != (self._batch, self._length) or is_2d or self._masked:
+            self._batch, self._length = tokens.shape[:2]
+            request_ids = torch.arange(self._batch, dtype=torch.int32)[:, None].repeat(1, self._length)
+            if isinstance(mask, Tensor) and is_2d:
+                request_ids[mask[:, -self._length :].cpu() == 0] = -1
+            self._request_ids = request_ids.to(tokens.device)
+            self._masked = is_2d
 
     def _forward(
         self, layer: int, own_forward: Callable[[Tensor], Any], router: nn.Module, hidden_states: Tensor
@@ -135,18 +144,15 @@ class Attachment:
         if self._length > 1 and self.prefill == "stepwise":
             ids, weights = self._route_stepwise(layer, router, router_logits)
         else:
-            request_ids = torch.arange(self._batch, dtype=torch.int32).repeat_interleave(self._length)
-            if self._padding is not None:
-                request_ids = request_ids.masked_fill(self._padding.flatten().to(request_ids.device), -1)
-            routing = self._route(layer, router, router_logits, request_ids)
+            routing = self._route(layer, router, router_logits, self._request_ids.flatten())
             ids, weights = routing.expert_ids, routing.expert_weights
         if self._model_type not in _FP32_WEIGHTS:
             weights = weights.to(hidden_states.dtype)
         return router_logits, weights, ids.long()
 
     def _router_logits(self, router: nn.Module, hidden_states: Tensor) -> Tensor:
-        weight: Tensor = router.weight
-        bias: Tensor | None = getattr(router, "bias", None)
+        weight: Any = router.weight
+        bias: Any = getattr(router, "bias", None)
         if self._model_type in _FP32_ROUTERS:
             return nn.functional.linear(hidden_states.float(), weight.float(), bias)
         return nn.functional.linear(hidden_states, weight, bias)
@@ -157,7 +163,7 @@ class Attachment:
             self.spec,
             self._configs[layer],
             correction_bias=getattr(router, "e_score_correction_bias", None),
-            request_ids=request_ids.to(router_logits.device),
+            request_ids=request_ids,
             expert_gpu=self._expert_gpu,
         )
         self._totals[layer] += routing.raw_stats
@@ -167,9 +173,7 @@ class Attachment:
     def _route_stepwise(self, layer: int, router: nn.Module, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Every position its own step: ids and weights `[batch * length, k]`."""
         steps = router_logits.view(self._batch, self._length, -1).transpose(0, 1).contiguous()
-        requests = torch.arange(self._batch, dtype=torch.int32).expand(self._length, -1)
-        if self._padding is not None:
-            requests = requests.masked_fill(self._padding.T.cpu(), -1)
+        requests = self._request_ids.T.contiguous()
         routings = [self._route(layer, router, steps[t], requests[t]) for t in range(self._length)]
         ids = torch.stack([routing.expert_ids for routing in routings], dim=1)
         weights = torch.stack([routing.expert_weights for routing in routings], dim=1)

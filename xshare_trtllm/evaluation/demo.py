@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -15,13 +17,14 @@ from torch import Tensor, nn
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation.attach import attach
+from xshare_trtllm.evaluation.decoder import Decoder
 from xshare_trtllm.evaluation.measure import Quality, agreement, greedy_decode, teacher_forced
 from xshare_trtllm.evaluation.model import MODEL_DIR, held_out, load_model, token_batches, token_bytes
 from xshare_trtllm.report import machine, write_aside, write_json
 
 BATCH = 16
 LENGTH = 256  # tokens of a document on which quality is measured
-PROMPT, STEPS = 64, 48  # tokens of a prompt, and tokens decoded after it
+PROMPT, STEPS = 32, 64  # tokens of a prompt, and tokens decoded after it
 GPUS = 8  # simulated: each holds a contiguous slice of the experts
 
 SETTINGS: dict[str, XShareConfig | None] = {
@@ -62,12 +65,14 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
     layers = model.config.num_hidden_layers
     console.print(
         f"{MODEL_DIR.name}: {layers} MoE layers of {spec.num_experts} experts, top-{spec.top_k}. "
-        f"Held-out text of 7 domains, batches of {BATCH} rows, {torch.get_num_threads()} threads."
+        f"Held-out text of 7 domains, batches of {BATCH} rows; speed on one thread."
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    expert_gpu = torch.arange(spec.num_experts) * GPUS // spec.num_experts
     with Progress(*columns, console=console) as progress:
-        quality = _measure_quality(model, spec, batches, token_bytes(tokenizer), progress)
-        speed = _measure_speed(model, batches, progress)
+        quality = _measure_quality(model, spec, expert_gpu, batches, token_bytes(tokenizer), progress)
+        with _one_thread():
+            speed = _measure_speed(Decoder(model, PROMPT + STEPS), expert_gpu, batches, progress)
     rows = _rows(spec, quality, speed)
     report = {
         "model": MODEL_DIR.name,
@@ -85,11 +90,27 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
     return report
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decode steps of a small model are too short to share between threads: waiting costs more than it
+    saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _measure_quality(
-    model: nn.Module, spec: RouterSpec, batches: list[Tensor], sizes: Tensor, progress: Progress
+    model: nn.Module,
+    spec: RouterSpec,
+    expert_gpu: Tensor,
+    batches: list[Tensor],
+    sizes: Tensor,
+    progress: Progress,
 ) -> dict[str, tuple[Quality, dict[str, float]]]:
     """Teacher-forced quality in decode-shaped batches, and the routing statistics as means over layers."""
-    expert_gpu = torch.arange(spec.num_experts) * GPUS // spec.num_experts
     task = progress.add_task("quality, teacher-forced", total=len(SETTINGS))
     results = {}
     for name, config in SETTINGS.items():
@@ -104,16 +125,16 @@ def _measure_quality(
 
 
 def _measure_speed(
-    model: nn.Module, batches: list[Tensor], progress: Progress
+    model: nn.Module, expert_gpu: Tensor, batches: list[Tensor], progress: Progress
 ) -> dict[str, tuple[list[Tensor], list[float]]]:
     """Greedy output and seconds of each batch; a batch runs through all settings before the next, so that the
     seconds of two settings are pairs."""
     task = progress.add_task("speed, greedy decoding", total=len(SETTINGS) * len(batches))
     results: dict[str, tuple[list[Tensor], list[float]]] = {name: ([], []) for name in SETTINGS}
-    greedy_decode(model, batches[0][:, :PROMPT], 8)  # warm-up
+    greedy_decode(model, batches[0][:, :PROMPT], STEPS)  # warm-up
     for tokens in batches:
         for name, config in SETTINGS.items():
-            attached = attach(model, config) if config else None
+            attached = attach(model, config, expert_gpu=expert_gpu) if config else None
             try:
                 output, seconds = greedy_decode(model, tokens[:, :PROMPT], STEPS)
             finally:
@@ -159,12 +180,22 @@ def _rows(
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="What XShare saves, costs and gains", caption="changes are relative to the model's own routing")
+    table = Table(
+        title="What XShare saves, costs and gains", caption="changes are relative to the model's own routing"
+    )
     table.add_column("setting")
-    for name in (
-        "active experts\nper layer", "change", "bits\nper byte", "next-token\naccuracy", "change", "greedy output\nagrees",
-        "tokens/s", "change", f"peak experts per\nGPU ({GPUS} simulated)",
-    ):  # fmt: skip
+    columns = (
+        "active experts\nper layer",
+        "change",
+        "bits\nper byte",
+        "next-token\naccuracy",
+        "change",
+        "greedy output\nagrees",
+        "tokens/s",
+        "change",
+        f"peak experts per\nGPU ({GPUS} simulated)",
+    )
+    for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

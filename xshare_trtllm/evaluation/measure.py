@@ -67,6 +67,7 @@ def greedy_decode(model: nn.Module, prompts: Tensor, steps: int) -> tuple[Tensor
 
 
 def agreement(tokens: Tensor, baseline: Tensor) -> float:
-    """Share of each row up to its first token that differs from the baseline's, averaged: 1 if all are equal."""
+    """Share of each row up to its first token that differs from the baseline's, averaged: 1 if all are
+    equal."""
     equal = (tokens == baseline).long().cumprod(dim=-1)
     return float(equal.float().mean())

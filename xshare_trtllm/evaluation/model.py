@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xshare_trtllm import ops
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,19 +31,33 @@ class Document:
 def load_model(path: Path = MODEL_DIR) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The shipped model in fp32, ready to decode on a CPU, and its tokenizer.
 
-    The experts run as one grouped GEMM over the rows sorted by expert (`grouped_mm` of transformers), which passes
-    once over the weights of each active expert and touches no other.
+    The experts run in the native library (`xshare_trtllm.ops.experts`), registered with transformers as the
+    experts implementation `xshare`: one pass over the weights of each active expert. Where the library is
+    not built they run as transformers' own `grouped_mm`.
 
     Raises ImportError where transformers is missing and OSError where `path` holds no model.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.utils import logging
     except ImportError as error:
         raise ImportError("transformers is missing: pip install 'xshare-trtllm[demo]'") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, experts_implementation="grouped_mm", local_files_only=True
-    )
+    ALL_EXPERTS_FUNCTIONS.register("xshare", _native_experts)
+    experts = "xshare" if ops.available() else "grouped_mm"
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, experts_implementation=experts, local_files_only=True
+        )
+    finally:
+        logging.enable_progress_bar()
     return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _native_experts(module: Any, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The experts of a gated layer without biases, for the experts interface of transformers."""
+    return ops.experts(hidden_states, ids, weights, module.gate_up_proj, module.down_proj)
 
 
 @cache
@@ -51,7 +67,9 @@ def held_out() -> tuple[Document, ...]:
         return tuple(Document(**json.loads(line)) for line in file)
 
 
-def token_batches(documents: tuple[Document, ...], tokenizer: Any, length: int, batch: int = 16) -> list[Tensor]:
+def token_batches(
+    documents: tuple[Document, ...], tokenizer: Any, length: int, batch: int = 16
+) -> list[Tensor]:
     """The documents, in batches of `batch`, as begin-of-text and their first `length` tokens: int64
     `[batch, 1 + length]` each. A last incomplete batch is dropped.
 

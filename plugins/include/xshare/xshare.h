@@ -2,8 +2,7 @@
 // The C ABI of XShare: the only door to the native code. Plain C, no exceptions, no global state that a
 // caller can see.
 //
-// Every function may be called from any number of threads at once. A call that fails writes none of its
-// outputs' meaning: treat them as undefined. Names and stages are those of docs/algorithm.md.
+// Every function may be called from any number of threads at once. A call that is refused writes no output.
 #ifndef XSHARE_XSHARE_H
 #define XSHARE_XSHARE_H
 
@@ -31,7 +30,8 @@ typedef enum xshare_status {
     XSHARE_INVALID_TENSOR = 3,     // a pointer is missing, misaligned, or its contents are out of range
     XSHARE_INVALID_WORKSPACE = 4,  // the workspace is too small or misaligned
     XSHARE_OUT_OF_MEMORY = 5,      // the library's own buffer could not grow
-    XSHARE_INTERNAL_ERROR = 6      // a bug in the library
+    XSHARE_INTERNAL_ERROR = 6,     // a bug in the library
+    XSHARE_CUDA_ERROR = 7          // a CUDA call failed (xshare_cuda.h)
 } xshare_status;
 
 typedef enum xshare_dtype { XSHARE_FLOAT32 = 0, XSHARE_BFLOAT16 = 1, XSHARE_FLOAT16 = 2 } xshare_dtype;

@@ -2,9 +2,10 @@
 
     python -m xshare_trtllm.evaluation.training.data --out DIR
 
-Downloads the Debian 12 packages of `recipe.yaml` (`apt-get download`, no root needed), checks their SHA-256, reads the
-documents, and writes with one `{"domain", "source", "text"}` a line: `DIR/train.jsonl`, `DIR/held_out.jsonl` (whole
-documents), and `DIR/held_out_sample.jsonl`: the pieces of held-out documents that the package ships beside the model.
+Downloads the Debian 12 packages of `recipe.yaml` (`apt-get download`, no root needed), checks their
+SHA-256, reads the documents, and writes with one `{"domain", "source", "text"}` a line: `DIR/train.jsonl`,
+`DIR/held_out.jsonl` (whole documents), and `DIR/held_out_sample.jsonl`: the pieces of held-out documents
+that the package ships beside the model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def load_recipe() -> dict[str, Any]:
 
 
 def fetch(package: dict[str, Any], folder: Path) -> Path:
-    """Download one `.deb` into `folder` unless it is there; raises `click.ClickException` on another hash than the recipe's."""
+    """Download one `.deb` into `folder` unless it is there; raises `click.ClickException` on another hash
+    than the recipe's."""
     found = sorted(folder.glob(f"{package['name']}_*.deb"))
     if not found:
         wanted = f"{package['name']}={package['version']}"
@@ -52,15 +54,37 @@ def fetch(package: dict[str, Any], folder: Path) -> Path:
         found = sorted(folder.glob(f"{package['name']}_*.deb"))
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != package["sha256"]:
-        raise click.ClickException(f"{found[0].name} has SHA-256 {digest}, the recipe wants {package['sha256']}")
+        raise click.ClickException(
+            f"{found[0].name} has SHA-256 {digest}, the recipe wants {package['sha256']}"
+        )
     return found[0]
 
 
 class _Text(HTMLParser):
     """The visible text of an HTML page, one line per block element."""
 
-    BLOCKS = frozenset("p div pre h1 h2 h3 h4 h5 li dt dd tr table ul ol dl br".split())
-    HIDDEN = frozenset("script style head nav".split())
+    BLOCKS = frozenset(
+        [
+            "p",
+            "div",
+            "pre",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "li",
+            "dt",
+            "dd",
+            "tr",
+            "table",
+            "ul",
+            "ol",
+            "dl",
+            "br",
+        ]
+    )
+    HIDDEN = frozenset(["script", "style", "head", "nav"])
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +107,8 @@ class _Text(HTMLParser):
 
 
 def read(path: Path, how: str) -> str:
-    """The text of one file; `how` is `plain`, `roff` (gzipped manual page without its comments) or `html_text`."""
+    """The text of one file; `how` is `plain`, `roff` (gzipped manual page without its comments) or
+    `html_text`."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = raw.decode("utf-8", errors="ignore").replace("\r\n", "\n")
     if how == "roff":
@@ -107,9 +132,11 @@ def documents(package: dict[str, Any], deb: Path) -> Iterator[Document]:
 
 
 def split(recipe: dict[str, Any], found: list[Document]) -> tuple[list[Document], list[Document]]:
-    """`(train, held_out)`: duplicates dropped, documents and domains cut to the recipe's sizes, in a fixed random order."""
+    """`(train, held_out)`: duplicates dropped, documents and domains cut to the recipe's sizes, in a fixed
+    random order."""
     random.Random(0).shuffle(found)
-    train, held_out = [], []
+    train: list[Document] = []
+    held_out: list[Document] = []
     seen: set[str] = set()
     size: dict[str, int] = {}
     for document in found:
@@ -127,7 +154,8 @@ def split(recipe: dict[str, Any], found: list[Document]) -> tuple[list[Document]
 
 
 def sample(held_out: list[Document], per_domain: int = 16, size: int = 2048) -> list[Document]:
-    """One piece of `size` bytes from anywhere in each of `per_domain` documents of each domain, the domains in turn."""
+    """One piece of `size` bytes from anywhere in each of `per_domain` documents of each domain, the domains
+    in turn."""
     draw = random.Random(0)
     pieces: dict[str, list[Document]] = {}
     for document in held_out:
@@ -138,12 +166,20 @@ def sample(held_out: list[Document], per_domain: int = 16, size: int = 2048) -> 
         start = data.find(b"\n", draw.randrange(len(data) - size - 256)) + 1
         text = data[start : start + size].decode("utf-8", errors="ignore")
         part.append(Document(domain=document["domain"], source=document["source"], text=text))
-    return [piece for turn in zip(*(pieces[domain] for domain in sorted(pieces)), strict=True) for piece in turn]
+    return [
+        piece for turn in zip(*(pieces[domain] for domain in sorted(pieces)), strict=True) for piece in turn
+    ]
 
 
 @click.command()
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="folder to write")
-@click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="folder of .deb files (default: OUT/debs)")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="folder to write"
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="folder of .deb files (default: OUT/debs)",
+)
 def main(out: Path, cache: Path | None) -> None:
     """Download and split the training text of the shipped model."""
     recipe = load_recipe()
