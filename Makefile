@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+SOURCES = $$(git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test lint format bench clean
 
@@ -19,16 +21,17 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $(SOURCES)
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/route_cpu.py
-	$(BIN)/python benchmarks/specialisation.py
+	$(BIN)/python benchmarks/route_cpu.py --json
+	$(BIN)/python benchmarks/specialisation.py --json benchmarks/results/specialisation.json
+	$(BIN)/xshare demo --json benchmarks/results/demo.json
 
 # torch is pinned, since on a CPU machine a looser wish can bring gigabytes of CUDA libraries.
 .venv/ready: pyproject.toml setup.py $(wildcard plugins/CMakeLists.txt plugins/*/*.h plugins/*/*/*.h plugins/*/*.cpp)

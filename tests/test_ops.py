@@ -284,14 +284,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"exempt": torch.tensor([[True, False]])}, r"exempt: shape must be \[2\], got \[1, 2\]"),
     ({"expert_gpu": torch.full((16,), 16)}, r"expert_gpu\[0\]=16 must be in 0\.\.num_experts-1=15"),
     ({"expert_gpu": torch.full((16,), 2**32)}, r"expert_gpu\[0\]=2147483647 must be"),
-    ({"config": XShareConfig(3)}, "budget must be at least top_k=4, not 3"),
-    ({"config": XShareConfig(8, warmup=5)}, r"warmup must be in 0\.\.top_k=4, not 5"),
+    ({"config": XShareConfig(3)}, r"XShareConfig\(budget=3\): budget must be at least top_k=4"),
+    ({"config": XShareConfig(8, warmup=5)}, r"XShareConfig\(warmup=5\): warmup must be at most top_k=4"),
     ({"config": XShareConfig((8, 8))}, "one layer"),
     ({"config": XShareConfig(8, request_budget=4)}, "request_budget=4 needs request_ids"),
     ({"config": XShareConfig(8, gpu_budget=4)}, "gpu_budget=4 needs expert_gpu"),
     (
         {"spec": RouterSpec(16, 2, "softmax", 4, 2), "config": XShareConfig(8, warmup=0)},
-        "warmup must be at least 1 with num_groups=4",
+        "a group-limited router needs warmup of at least 1",
     ),
     (
         {

@@ -57,7 +57,7 @@ def settings(spec: RouterSpec, config: XShareConfig) -> Settings:
     budget = config.budget
     if not isinstance(budget, int):
         raise ValueError(
-            "XShareConfig(budget=one per layer): an operator routes one layer, use config.for_layer(i)"
+            "XShareConfig(budget=one per layer): route needs one layer's configuration, config.for_layer(i)"
         )
     max_rows = config.max_rows
     return (
@@ -135,36 +135,43 @@ def experts(
 
     Raises ValueError where shapes, dtypes or ids do not fit.
     """
-    (num_tokens, width), (num_experts, _, size) = hidden_states.shape, down.shape
+    num_tokens, width = hidden_states.shape
+    num_experts, size = gate_up.shape[0], down.shape[-1]
     top_k = expert_ids.shape[-1]
-    inputs = {
-        "hidden_states": (hidden_states, (num_tokens, width)),
-        "expert_weights": (expert_weights, (num_tokens, top_k)),
-        "gate_up": (gate_up, (num_experts, 2 * size, width)),
-        "down": (down, (num_experts, width, size)),
-    }
-    for name, (tensor, shape) in inputs.items():
-        if tensor.shape != shape or tensor.dtype is not torch.float32:
-            raise ValueError(
-                f"{name}: must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
+    _check_float32("hidden_states", hidden_states, (num_tokens, width))
+    _check_float32("expert_weights", expert_weights, (num_tokens, top_k))
+    _check_float32("gate_up", gate_up, (num_experts, 2 * size, width))
+    _check_float32("down", down, (num_experts, width, size))
     if expert_ids.shape != (num_tokens, top_k):
         raise ValueError(f"expert_ids: shape must be [{num_tokens}, {top_k}], got {list(expert_ids.shape)}")
-    ids = _as_int32(expert_ids)
-    dense = [tensor.contiguous() for tensor, _ in inputs.values()]
+    inputs = (hidden_states, _as_int32(expert_ids), expert_weights, gate_up, down)
+    dense = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in inputs]
     output = torch.empty(num_tokens, width)
-    params = _EXPERTS_PARAMS.pack(_EXPERTS_PARAMS.size, num_tokens, num_experts, top_k, width, size)
-    addresses = (dense[0], ids, *dense[1:], output)
-    tensors = _EXPERTS_TENSORS.pack(_EXPERTS_TENSORS.size, *(tensor.data_ptr() for tensor in addresses))
-    library = _library()
-    needed = ctypes.c_size_t()
-    status = library.xshare_experts_workspace_size(params, ctypes.byref(needed))
-    if status == 0:
-        workspace = torch.empty(needed.value, dtype=torch.uint8)
-        status = library.xshare_experts_cpu(params, tensors, workspace.data_ptr(), needed.value)
-    if status != 0:
-        raise ValueError(library.xshare_last_error().decode())
+    addresses = [tensor.data_ptr() for tensor in (*dense, output)]
+    params, workspace_size = _packed_experts_params(num_tokens, num_experts, top_k, width, size)
+    workspace = torch.empty(workspace_size, dtype=torch.uint8)
+    tensors = _EXPERTS_TENSORS.pack(_EXPERTS_TENSORS.size, *addresses)
+    _raise_unless_ok(_library().xshare_experts_cpu(params, tensors, workspace.data_ptr(), workspace_size))
     return output
+
+
+def _check_float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype is not torch.float32:
+        raise ValueError(f"{name}: must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+@lru_cache(maxsize=1024)
+def _packed_experts_params(*shape: int) -> tuple[bytes, int]:
+    """An `xshare_experts_params` for this shape, and the workspace that it needs."""
+    params = _EXPERTS_PARAMS.pack(_EXPERTS_PARAMS.size, *shape)
+    needed = ctypes.c_size_t()
+    _raise_unless_ok(_library().xshare_experts_workspace_size(params, ctypes.byref(needed)))
+    return params, needed.value
+
+
+def _raise_unless_ok(status: int) -> None:
+    if status != 0:
+        raise ValueError(_library().xshare_last_error().decode())
 
 
 def _needs_dispatcher(router_logits: Tensor) -> bool:
@@ -227,6 +234,7 @@ def _cached_settings(spec: RouterSpec, config: XShareConfig) -> Settings:
     if len(_settings_of) >= 1024:
         _settings_of.clear()
     values = settings(spec, config)
+    config.check(spec)
     _settings_of[id(spec), id(config)] = (values, spec, config)  # kept alive, so that an id is never reused
     return values
 
@@ -315,9 +323,7 @@ def _call(
         _address(gpus),
         *outputs,
     )
-    library = _library()
-    if library.xshare_route_cpu(params, tensors, None, 0) != 0:
-        raise ValueError(library.xshare_last_error().decode())
+    _raise_unless_ok(_library().xshare_route_cpu(params, tensors, None, 0))
 
 
 # ---- The operators ----------------------------------------------------------------------------------------

@@ -150,8 +150,6 @@ def _prepare(
     check: bool,
 ) -> ModuleType:
     """Checks the arguments and returns the module that runs them."""
-    if not torch.compiler.is_compiling():  # under torch.compile the operators check it
-        _check_layer(spec, config)
     experts = spec.num_experts
     if router_logits.dtype not in _FLOATS or router_logits.dim() != 2 or router_logits.shape[1] != experts:
         _refuse_tensor("router_logits", router_logits, _FLOATS, f"[rows, {experts}]")
@@ -173,6 +171,8 @@ def _prepare(
     if check:
         _check_finite(router_logits)
     module = _backend(backend, router_logits.device.type)
+    if module is reference:  # the operators check it when they first see it
+        _check_layer(spec, config)
     if check or module is reference:  # the native code checks the values itself
         _check_values(correction_bias, request_ids, expert_gpu)
     return module

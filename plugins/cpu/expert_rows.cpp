@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Built once per instruction set with XSHARE_ISA naming it (see rows.cpp). A decode step has a few rows per expert, so
-// this is bound by reading the weights: every weight is loaded once and used for all rows while it is in a register.
+// Built once per instruction set with XSHARE_ISA naming it (see rows.cpp). A decode step has a few rows per
+// expert, so this is bound by reading the weights: every weight is loaded once and used for all rows while it
+// is in a register.
 #include "cpu/expert_rows.h"
 
 #include "core/scoring.h"
@@ -30,8 +31,8 @@ XSHARE_FN void add_lanes(const Lanes (&sums)[kLanes], float (&out)[kLanes]) {
     memcpy(out, &total, sizeof out);
 }
 
-// Calls take(j, row, dot of matrix row j and input row) for every row of matrix [columns, n]. A tile is as many
-// columns as give eight sums, which hide the latency of one another.
+// Calls take(j, row, dot of matrix row j and input row) for every row of matrix [columns, n]. A tile is as
+// many columns as give eight sums, which hide the latency of one another.
 template <int kRows, typename Take>
 XSHARE_FN void dot_rows(const float* const* inputs, const float* matrix, int columns, int n, Take take) {
     constexpr int kColumns = kLanes / kRows;
@@ -51,7 +52,8 @@ XSHARE_FN void dot_rows(const float* const* inputs, const float* matrix, int col
         add_lanes(sums, dots);
         for (; i < n; ++i)
             for (int c = 0; c < kColumns; ++c)
-                for (int row = 0; row < kRows; ++row) dots[c * kRows + row] += tile[c * stride + i] * inputs[row][i];
+                for (int row = 0; row < kRows; ++row)
+                    dots[c * kRows + row] += tile[c * stride + i] * inputs[row][i];
         for (int c = 0; c < kColumns; ++c)
             for (int row = 0; row < kRows; ++row) take(j + c, row, dots[c * kRows + row]);
     }
@@ -64,11 +66,11 @@ XSHARE_FN void dot_rows(const float* const* inputs, const float* matrix, int col
 }
 
 template <int kRows>
-static void run(const ExpertRows& rows, const float* gate_up, const float* down, int hidden_size, int intermediate_size,
-                float* scratch) {
+static void run(const ExpertRows& rows, const float* gate_up, const float* down, int hidden_size,
+                int intermediate_size, float* scratch) {
     const int gated = 2 * intermediate_size;
-    float* projected = scratch;                   // [kRows, 2F]
-    float* activated = scratch + kRows * gated;   // [kRows, F]
+    float* projected = scratch;                  // [kRows, 2F]
+    float* activated = scratch + kRows * gated;  // [kRows, F]
     dot_rows<kRows>(rows.input, gate_up, gated, hidden_size,
                     [&](int j, int row, float dot) { projected[row * gated + j] = dot; });
     const float* inputs[kRows];

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts the slots by expert, then takes the experts in turn, up to kMaxExpertRows of an expert's rows at a time.
-#include "xshare/xshare_experts.h"
-
+// Sorts the slots by expert, then takes the experts in turn, up to kMaxExpertRows of an expert's rows at a
+// time.
 #include <string.h>
 
 #include "core/validate.h"
 #include "cpu/expert_rows.h"
+#include "xshare/xshare_experts.h"
 
 namespace xshare {
 
@@ -34,7 +34,8 @@ struct ExpertsLayout {
     size_t order_at, size;
 
     explicit ExpertsLayout(const xshare_experts_params& p) {
-        const size_t scratch = static_cast<size_t>(kMaxExpertRows) * 3 * static_cast<size_t>(p.intermediate_size);
+        const size_t scratch =
+            static_cast<size_t>(kMaxExpertRows) * 3 * static_cast<size_t>(p.intermediate_size);
         order_at = scratch * sizeof(float);
         size = order_at + static_cast<size_t>(p.num_tokens) * static_cast<size_t>(p.top_k) * sizeof(int32_t);
     }
@@ -51,8 +52,8 @@ xshare_status check_experts_params(const xshare_experts_params& p, Message& mess
                   {"intermediate_size", p.intermediate_size, 1, kMaxWidth}};
     for (const auto& r : ranges)
         if (r.value < r.low || r.value > r.high)
-            return refuse(message, XSHARE_INVALID_PARAMETER, "%s must be in %d..%d, not %d", r.name, r.low, r.high,
-                          r.value);
+            return refuse(message, XSHARE_INVALID_PARAMETER, "%s must be in %d..%d, not %d", r.name, r.low,
+                          r.high, r.value);
     return XSHARE_OK;
 }
 
@@ -61,25 +62,32 @@ xshare_status check_experts_tensors(const xshare_experts_params& p, const xshare
     const struct {
         const void* pointer;
         const char* name;
-    } tensors[] = {{t.hidden_states, "hidden_states"}, {t.expert_ids, "expert_ids"}, {t.expert_weights, "expert_weights"},
-                   {t.gate_up, "gate_up"},             {t.down, "down"},             {t.output, "output"}};
+    } tensors[] = {{t.hidden_states, "hidden_states"},
+                   {t.expert_ids, "expert_ids"},
+                   {t.expert_weights, "expert_weights"},
+                   {t.gate_up, "gate_up"},
+                   {t.down, "down"},
+                   {t.output, "output"}};
     if (p.num_tokens == 0) return XSHARE_OK;
     for (const auto& each : tensors) {
-        if (each.pointer == nullptr) return refuse(message, XSHARE_INVALID_TENSOR, "%s is missing", each.name);
+        if (each.pointer == nullptr)
+            return refuse(message, XSHARE_INVALID_TENSOR, "%s is missing", each.name);
         const xshare_status status = check_pointer(each.pointer, 4, each.name, message);
         if (status != XSHARE_OK) return status;
     }
     const int64_t slots = static_cast<int64_t>(p.num_tokens) * p.top_k;
     for (int64_t s = 0; s < slots; ++s)
         if (t.expert_ids[s] < 0 || t.expert_ids[s] >= p.num_experts)
-            return refuse(message, XSHARE_INVALID_TENSOR, "expert_ids[%d, %d]=%d must be in 0..num_experts-1=%d",
+            return refuse(message, XSHARE_INVALID_TENSOR,
+                          "expert_ids[%d, %d]=%d must be in 0..num_experts-1=%d",
                           static_cast<int>(s / p.top_k), static_cast<int>(s % p.top_k), t.expert_ids[s],
                           p.num_experts - 1);
     return XSHARE_OK;
 }
 
 // Slots with a weight, sorted by expert and stable: `order`, and where each expert's slots end in `ends`.
-void sort_slots(const xshare_experts_params& p, const xshare_experts_tensors& t, int32_t* order, int32_t* ends) {
+void sort_slots(const xshare_experts_params& p, const xshare_experts_tensors& t, int32_t* order,
+                int32_t* ends) {
     const int32_t slots = p.num_tokens * p.top_k;
     memset(ends, 0, static_cast<size_t>(p.num_experts) * sizeof(int32_t));
     for (int32_t s = 0; s < slots; ++s) ends[t.expert_ids[s]] += t.expert_weights[s] != 0.0f;
@@ -126,7 +134,8 @@ extern "C" {
 xshare_status xshare_experts_workspace_size(const xshare_experts_params* params, size_t* workspace_size) {
     using namespace xshare;
     xshare_experts_params p;
-    if (workspace_size == nullptr) return refuse(last_error(), XSHARE_INVALID_STRUCT, "workspace_size is NULL");
+    if (workspace_size == nullptr)
+        return refuse(last_error(), XSHARE_INVALID_STRUCT, "workspace_size is NULL");
     xshare_status status = copy_struct(params, "xshare_experts_params", p, last_error());
     if (status == XSHARE_OK) status = check_experts_params(p, last_error());
     if (status == XSHARE_OK) *workspace_size = ExpertsLayout(p).size;
@@ -142,7 +151,8 @@ xshare_status xshare_experts_cpu(const xshare_experts_params* params, const xsha
     if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_experts_tensors", t, last_error());
     if (status == XSHARE_OK) status = check_experts_params(p, last_error());
     if (status == XSHARE_OK) status = check_experts_tensors(p, t, last_error());
-    if (status == XSHARE_OK) status = check_workspace(ExpertsLayout(p).size, workspace, workspace_size, last_error());
+    if (status == XSHARE_OK)
+        status = check_workspace(ExpertsLayout(p).size, workspace, workspace_size, last_error());
     if (status == XSHARE_OK) run_experts(p, t, static_cast<unsigned char*>(workspace));
     return status;
 }

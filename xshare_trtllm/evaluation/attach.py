@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.routing import Routing, route
+from xshare_trtllm.routing import route
 
 Prefill = Literal["exempt", "shared", "stepwise"]
 
@@ -62,6 +61,109 @@ class LayerStats:
     rows: float
 
 
+@dataclass(slots=True)
+class _Pass:
+    """The forward pass under way: its rows and what to do with them."""
+
+    prefill: Prefill
+    batch: int = 0
+    length: int = 0
+    is_masked: bool = False
+    request_ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
+    """[batch, length], -1 = padding"""
+
+    def see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the shape and the padding of the pass that begins: a forward pre-hook."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        mask = kwargs.get("attention_mask")
+        is_masked = isinstance(mask, Tensor) and mask.dim() == 2
+        if tokens.shape[:2] == (self.batch, self.length) and not is_masked and not self.is_masked:
+            return
+        self.batch, self.length = tokens.shape[:2]
+        self.is_masked = is_masked
+        request_ids = torch.arange(self.batch, dtype=torch.int32)[:, None].repeat(1, self.length)
+        if isinstance(mask, Tensor) and is_masked:
+            request_ids[mask[:, -self.length :].cpu() == 0] = -1
+        self.request_ids = request_ids.to(tokens.device)
+
+
+class _Router:
+    """What one layer's router calls in place of its `forward`."""
+
+    def __init__(
+        self,
+        router: nn.Module,
+        model_type: str,
+        spec: RouterSpec,
+        config: XShareConfig,
+        expert_gpu: Tensor | None,
+    ) -> None:
+        self.router: Any = router
+        self.own_forward = router.forward
+        self.spec, self.config, self.expert_gpu = spec, config, expert_gpu
+        self.in_fp32 = model_type in _FP32_ROUTERS
+        self.gives_fp32 = model_type in _FP32_WEIGHTS
+        self.has_bias = getattr(router, "bias", None) is not None
+        self.has_correction_bias = getattr(router, "e_score_correction_bias", None) is not None
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        self.steps = 0
+        self._raw_stats: list[Tensor] = [torch.zeros(8, dtype=torch.int64)]
+
+    def total(self) -> Tensor:
+        """The sum of the raw statistics of all steps, int64 [8]."""
+        self._raw_stats = [torch.stack(self._raw_stats).sum(0)]
+        return self._raw_stats[0]
+
+    def forward(self, this_pass: _Pass, hidden_states: Tensor) -> Any:
+        """`(router_logits, weights, ids)`, as every router of transformers 5."""
+        is_prefill = this_pass.length > 1
+        if is_prefill and this_pass.prefill == "exempt":
+            return self.own_forward(hidden_states)
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router_logits = self._router_logits(hidden_states)
+        if is_prefill and this_pass.prefill == "stepwise":
+            ids, weights = self._route_stepwise(this_pass, router_logits)
+        else:
+            ids, weights = self._route(router_logits, this_pass.request_ids.flatten())
+        if not self.gives_fp32:
+            weights = weights.to(hidden_states.dtype)
+        return router_logits, weights, ids.long()
+
+    def _router_logits(self, hidden_states: Tensor) -> Tensor:
+        weight = self.router.weight
+        bias = self.router.bias if self.has_bias else None
+        if self.in_fp32:
+            return nn.functional.linear(hidden_states.float(), weight.float(), bias)
+        return nn.functional.linear(hidden_states, weight, bias)
+
+    def _route(self, router_logits: Tensor, request_ids: Tensor) -> tuple[Tensor, Tensor]:
+        routing = route(
+            router_logits.detach(),
+            self.spec,
+            self.config,
+            correction_bias=self.router.e_score_correction_bias if self.has_correction_bias else None,
+            request_ids=request_ids,
+            expert_gpu=self.expert_gpu,
+        )
+        self._raw_stats.append(routing.raw_stats)
+        self.steps += 1
+        if len(self._raw_stats) == 1024:
+            self.total()
+        return routing.expert_ids, routing.expert_weights
+
+    def _route_stepwise(self, this_pass: _Pass, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Every position its own step: ids and weights `[batch * length, k]`."""
+        steps = router_logits.view(this_pass.batch, this_pass.length, -1).transpose(0, 1).contiguous()
+        requests = this_pass.request_ids.T.contiguous()
+        routed = [self._route(*step) for step in zip(steps, requests, strict=True)]
+        ids, weights = (torch.stack(parts, dim=1) for parts in zip(*routed, strict=True))
+        return ids.flatten(0, 1), weights.flatten(0, 1)
+
+
 class Attachment:
     """XShare in one model. `stats` has one `LayerStats` per MoE layer."""
 
@@ -71,34 +173,34 @@ class Attachment:
         if prefill not in get_args(Prefill):
             raise ValueError(f"prefill={prefill!r}: must be one of {', '.join(get_args(Prefill))}")
         model_config: Any = model.config
-        self.spec = RouterSpec.from_hf_config(model_config)
-        self.prefill = prefill
-        self._routers = find_routers(model)
-        if any("forward" in vars(router) for router in self._routers):
+        spec = RouterSpec.from_hf_config(model_config)
+        config.check(spec)
+        modules = find_routers(model)
+        if isinstance(config.budget, tuple) and len(config.budget) != len(modules):
+            raise ValueError(
+                f"XShareConfig(budget=): names {len(config.budget)} layers, "
+                f"the model has {len(modules)} MoE layers"
+            )
+        if any("forward" in vars(module) for module in modules):
             raise ValueError(
                 "attach: the model's routers are replaced already; detach the earlier attachment"
             )
-        config.check(self.spec)
-        if isinstance(config.budget, tuple) and len(config.budget) != len(self._routers):
-            raise ValueError(
-                f"XShareConfig(budget=): names {len(config.budget)} layers, "
-                f"the model has {len(self._routers)} MoE layers"
-            )
-        self._configs = [config.for_layer(layer) for layer in range(len(self._routers))]
-        self._expert_gpu = expert_gpu
-        self._batch, self._length, self._masked = 0, 0, False  # of the pass under way
-        self._request_ids = torch.empty(0, 0, dtype=torch.int32)  # [batch, length], -1 = padding
-        self._model_type = str(model_config.model_type)
-        self.reset_stats()
-        for layer, router in enumerate(self._routers):
-            router.forward = partial(self._forward, layer, router.forward, router)
-        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        if expert_gpu is not None:
+            expert_gpu = expert_gpu.to(torch.int32)
+        self._routers = [
+            _Router(module, model_config.model_type, spec, config.for_layer(layer), expert_gpu)
+            for layer, module in enumerate(modules)
+        ]
+        this_pass = _Pass(prefill)
+        for router in self._routers:
+            router.router.forward = partial(router.forward, this_pass)
+        self._hook = model.register_forward_pre_hook(this_pass.see, with_kwargs=True)
 
     def detach(self) -> None:
         """Give the model its own routers back; harmless when repeated."""
         self._hook.remove()
         for router in self._routers:
-            vars(router).pop("forward", None)
+            vars(router.router).pop("forward", None)
 
     def __enter__(self) -> Attachment:
         return self
@@ -111,73 +213,12 @@ class Attachment:
     @property
     def stats(self) -> list[LayerStats]:
         """Means since the attachment or the last `reset_stats()`; zeros where no step was counted."""
-        return [_mean(total, steps) for total, steps in zip(self._totals, self._steps, strict=True)]
+        return [_mean(router.total(), router.steps) for router in self._routers]
 
     def reset_stats(self) -> None:
         """Forget the steps counted so far."""
-        self._totals = [torch.zeros(8, dtype=torch.int64) for _ in self._routers]
-        self._steps = [0] * len(self._routers)
-
-    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the shape and the padding of the pass that begins."""
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs["inputs_embeds"]
-        mask = kwargs.get("attention_mask")
-        is_2d = isinstance(mask, Tensor) and mask.dim() == 2
-        if tokens.shape[:2] != (self._batch, self._length) or is_2d or self._masked:
-            self._batch, self._length = tokens.shape[:2]
-            request_ids = torch.arange(self._batch, dtype=torch.int32)[:, None].repeat(1, self._length)
-            if isinstance(mask, Tensor) and is_2d:
-                request_ids[mask[:, -self._length :].cpu() == 0] = -1
-            self._request_ids = request_ids.to(tokens.device)
-            self._masked = is_2d
-
-    def _forward(
-        self, layer: int, own_forward: Callable[[Tensor], Any], router: nn.Module, hidden_states: Tensor
-    ) -> Any:
-        """In place of the router's `forward`: `(router_logits, weights, ids)`."""
-        if self._length > 1 and self.prefill == "exempt":
-            return own_forward(hidden_states)
-        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        router_logits = self._router_logits(router, hidden_states)
-        if self._length > 1 and self.prefill == "stepwise":
-            ids, weights = self._route_stepwise(layer, router, router_logits)
-        else:
-            routing = self._route(layer, router, router_logits, self._request_ids.flatten())
-            ids, weights = routing.expert_ids, routing.expert_weights
-        if self._model_type not in _FP32_WEIGHTS:
-            weights = weights.to(hidden_states.dtype)
-        return router_logits, weights, ids.long()
-
-    def _router_logits(self, router: nn.Module, hidden_states: Tensor) -> Tensor:
-        weight: Any = router.weight
-        bias: Any = getattr(router, "bias", None)
-        if self._model_type in _FP32_ROUTERS:
-            return nn.functional.linear(hidden_states.float(), weight.float(), bias)
-        return nn.functional.linear(hidden_states, weight, bias)
-
-    def _route(self, layer: int, router: nn.Module, router_logits: Tensor, request_ids: Tensor) -> Routing:
-        routing = route(
-            router_logits.detach(),
-            self.spec,
-            self._configs[layer],
-            correction_bias=getattr(router, "e_score_correction_bias", None),
-            request_ids=request_ids,
-            expert_gpu=self._expert_gpu,
-        )
-        self._totals[layer] += routing.raw_stats
-        self._steps[layer] += 1
-        return routing
-
-    def _route_stepwise(self, layer: int, router: nn.Module, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Every position its own step: ids and weights `[batch * length, k]`."""
-        steps = router_logits.view(self._batch, self._length, -1).transpose(0, 1).contiguous()
-        requests = self._request_ids.T.contiguous()
-        routings = [self._route(layer, router, steps[t], requests[t]) for t in range(self._length)]
-        ids = torch.stack([routing.expert_ids for routing in routings], dim=1)
-        weights = torch.stack([routing.expert_weights for routing in routings], dim=1)
-        return ids.flatten(0, 1), weights.flatten(0, 1)
+        for router in self._routers:
+            router.reset_stats()
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The experts of one MoE layer on the host: gated MLPs (SwiGLU), one pass over the weights of each expert that
-// has rows and none over the others. This is what makes a shared set of experts cheaper on a CPU, as it does on
-// a GPU.
+// The experts of one MoE layer on the host: gated MLPs (SwiGLU), one pass over the weights of each expert
+// that has rows and none over the others. This is what makes a shared set of experts cheaper on a CPU, as it
+// does on a GPU.
 #ifndef XSHARE_XSHARE_EXPERTS_H
 #define XSHARE_XSHARE_EXPERTS_H
 
@@ -33,7 +33,8 @@ typedef struct xshare_experts_tensors {
 } xshare_experts_tensors;
 
 // The workspace that a call with `params` needs, aligned to 64 bytes.
-XSHARE_API xshare_status xshare_experts_workspace_size(const xshare_experts_params* params, size_t* workspace_size);
+XSHARE_API xshare_status xshare_experts_workspace_size(const xshare_experts_params* params,
+                                                       size_t* workspace_size);
 
 // Runs the experts on the calling thread.
 XSHARE_API xshare_status xshare_experts_cpu(const xshare_experts_params* params,
