@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xshare_trtllm import RouterSpec, XShareConfig, ops, reference
+from xshare_trtllm.report import machine, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_BATCHES = 16  # 1 MiB of logits at the larger shape: they stay in the cache, as after a router's GEMM
@@ -187,7 +187,8 @@ def main() -> None:
         r["ops_route_over_plain"] = r["ops_route_us"] / r["ops_route_plain_us"]
     show(results)
     if arguments.json:
-        save(results)
+        head = {"command": "python benchmarks/route_cpu.py --json", "machine": machine()}
+        write_json(ROOT / "benchmarks" / "results" / "route_cpu.json", head | {"results": results})
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
@@ -198,30 +199,6 @@ def show(results: dict[str, dict[str, float]]) -> None:
     for key in next(iter(results.values())):
         table.add_row(key, *(f"{r[key]:.2f}" for r in results.values()))
     Console(width=110).print(table)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def save(results: dict[str, dict[str, float]]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    record = {
-        "command": "python benchmarks/route_cpu.py --json",
-        "machine": processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "library": ops.version(),
-        "commit": commit.stdout.strip() or None,
-        "results": results,
-    }
-    path = ROOT / "benchmarks" / "results" / "route_cpu.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
