@@ -39,7 +39,8 @@ xshare_status copy_struct(const Struct* source, const char* name, Struct& copy, 
     uint32_t size;
     memcpy(&size, static_cast<const void*>(source), sizeof size);
     if (size != sizeof(Struct))
-        return refuse(message, XSHARE_INVALID_STRUCT, "%s.struct_size is %u, but this library (%d.%d.%d) has %zu", name, size,
+        return refuse(message, XSHARE_INVALID_STRUCT,
+                      "%s.struct_size is %u, but this library (%d.%d.%d) has %zu", name, size,
                       XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH, sizeof(Struct));
     memcpy(&copy, static_cast<const void*>(source), sizeof(Struct));
     return XSHARE_OK;
@@ -47,8 +48,10 @@ xshare_status copy_struct(const Struct* source, const char* name, Struct& copy, 
 
 inline xshare_status check_workspace(size_t needed, const void* workspace, size_t size, Message& message) {
     constexpr xshare_status bad = XSHARE_INVALID_WORKSPACE;
-    if (size < needed) return refuse(message, bad, "the workspace has %zu bytes, but %zu are needed", size, needed);
-    if (needed > 0 && (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment != 0))
+    if (size < needed)
+        return refuse(message, bad, "the workspace has %zu bytes, but %zu are needed", size, needed);
+    if (needed > 0 &&
+        (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment != 0))
         return refuse(message, bad, "the workspace is NULL or not aligned to %d bytes", kWorkspaceAlignment);
     return XSHARE_OK;
 }

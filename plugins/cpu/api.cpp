@@ -48,7 +48,8 @@ extern "C" {
 xshare_status xshare_workspace_size(const xshare_route_params* params, size_t* workspace_size) {
     using namespace xshare;
     xshare_route_params p;
-    if (workspace_size == nullptr) return refuse(last_error(), XSHARE_INVALID_STRUCT, "workspace_size is NULL");
+    if (workspace_size == nullptr)
+        return refuse(last_error(), XSHARE_INVALID_STRUCT, "workspace_size is NULL");
     xshare_status status = copy_struct(params, "xshare_route_params", p, last_error());
     if (status == XSHARE_OK) status = check_params(p, last_error());
     if (status == XSHARE_OK) *workspace_size = route_workspace_size(p);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random shapes, ids and parameters for the experts. Every call must end in a status; where it is XSHARE_OK, every
-// output must have been written. Every buffer is a heap block of its exact size.
+// Random shapes, ids and parameters for the experts. Every call must end in a status; where it is XSHARE_OK,
+// every output must have been written. Every buffer is a heap block of its exact size.
 //
 //     fuzz_experts [cases] [seed]
 #include <stdio.h>
@@ -40,11 +40,13 @@ xshare_status run_case() {
         nothing.struct_size = sizeof nothing;
         return xshare_experts_cpu(&p, &nothing, nullptr, 0) == accepted ? accepted : XSHARE_INTERNAL_ERROR;
     }
-    if (p.num_tokens > 12 || p.hidden_size > 40 || p.intermediate_size > 40) return accepted;  // legal, but large
+    if (p.num_tokens > 12 || p.hidden_size > 40 || p.intermediate_size > 40)
+        return accepted;  // legal, but large
     const size_t tokens = static_cast<size_t>(p.num_tokens), experts = static_cast<size_t>(p.num_experts);
     const size_t slots = tokens * static_cast<size_t>(p.top_k), width = static_cast<size_t>(p.hidden_size);
     const size_t matrix = experts * width * static_cast<size_t>(p.intermediate_size);
-    std::vector<float> hidden(tokens * width, 0.5f), weights(slots, 0.25f), gate_up(2 * matrix, 0.125f), down(matrix, 1.0f);
+    std::vector<float> hidden(tokens * width, 0.5f), weights(slots, 0.25f), gate_up(2 * matrix, 0.125f),
+        down(matrix, 1.0f);
     std::vector<int32_t> ids(slots);
     for (int32_t& id : ids) id = between(0, p.num_experts - 1);
     const bool bad_id = slots > 0 && one_in(8);
@@ -52,8 +54,13 @@ xshare_status run_case() {
     const size_t too_small = workspace_size > 0 && one_in(10) ? bits() % workspace_size + 1 : 0;
     const Block output(tokens * width * sizeof(float), one_in(20));
     void* workspace = aligned_alloc(64, (workspace_size + 63) / 64 * 64);
-    xshare_experts_tensors t = {sizeof t,       hidden.data(), ids.data(), weights.data(), gate_up.data(),
-                                down.data(), static_cast<float*>(output.get())};
+    xshare_experts_tensors t = {sizeof t,
+                                hidden.data(),
+                                ids.data(),
+                                weights.data(),
+                                gate_up.data(),
+                                down.data(),
+                                static_cast<float*>(output.get())};
     if (one_in(20)) t.gate_up = nullptr;
     if (one_in(40)) t.struct_size = bits();
     memset(output.get(), 0xff, tokens * width * sizeof(float));
@@ -75,6 +82,7 @@ int main(int argc, char** argv) {
     int counts[XSHARE_CUDA_ERROR + 1] = {};
     for (int i = 0; i < cases; ++i) ++counts[run_case()];
     for (int status = 0; status <= XSHARE_CUDA_ERROR; ++status)
-        if (counts[status] > 0) printf("%d %s\n", counts[status], xshare_error_string(static_cast<xshare_status>(status)));
+        if (counts[status] > 0)
+            printf("%d %s\n", counts[status], xshare_error_string(static_cast<xshare_status>(status)));
     return counts[XSHARE_INTERNAL_ERROR] > 0;
 }

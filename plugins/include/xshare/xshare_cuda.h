@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing on a CUDA device. libxshare_cuda.so holds these functions and those of xshare.h: link one library or the other.
+// Routing on a CUDA device. libxshare_cuda.so holds these functions and those of xshare.h: link one library
+// or the other.
 //
-// Results have the same bits as those of xshare_route_cpu, whatever the device and its number of blocks. The library
-// needs compute capability 8.0 or newer.
+// Results have the same bits as those of xshare_route_cpu, whatever the device and its number of blocks. The
+// library needs compute capability 8.0 or newer.
 #ifndef XSHARE_XSHARE_CUDA_H
 #define XSHARE_XSHARE_CUDA_H
 
@@ -12,21 +13,25 @@
 extern "C" {
 #endif
 
-// Checks `params` and says how much device memory a call with them needs (aligned to 64 bytes; 0 for few rows).
-XSHARE_API xshare_status xshare_cuda_workspace_size(const xshare_route_params* params, size_t* workspace_size);
+// Checks `params` and says how much device memory a call with them needs (aligned to 64 bytes; 0 for few
+// rows).
+XSHARE_API xshare_status xshare_cuda_workspace_size(const xshare_route_params* params,
+                                                    size_t* workspace_size);
 
 // Enqueues the routing on `stream` (a cudaStream_t) of the current device and returns: no allocation, no
-// synchronisation, nothing touched but the stream, so it may be captured into a graph. The structs are read before
-// it returns. Pointers in `tensors` are device pointers; the workspace belongs to the call until the stream has
-// passed it and need not be cleared.
+// synchronisation, nothing touched but the stream, so it may be captured into a graph (make one call before,
+// since the first one loads the kernels). The structs are read before it returns. Pointers in `tensors` are
+// device pointers; the workspace belongs to the call until the stream has passed it and need not be cleared.
 //
-// What device tensors hold cannot be refused on the host. Instead: a correction bias that is not finite counts as
-// 0, a request id below -1 is padding, an expert_gpu out of range is clamped to 0 .. num_experts-1.
+// What device tensors hold cannot be refused on the host. Instead: a correction bias that is not finite
+// counts as 0, a request id below -1 is padding, an expert_gpu out of range is clamped to 0 .. num_experts-1.
 //
-// On compute capability 9.0 and newer it is launched with programmatic stream serialization: it may start while the
-// kernel before it in the stream is still running, but reads and writes global memory only after that one has ended.
-XSHARE_API xshare_status xshare_route_cuda(const xshare_route_params* params, const xshare_route_tensors* tensors,
-                                           void* workspace, size_t workspace_size, void* stream);
+// On compute capability 9.0 and newer it is launched with programmatic stream serialization: it may start
+// while the kernel before it in the stream is still running, but reads and writes global memory only after
+// that one has ended.
+XSHARE_API xshare_status xshare_route_cuda(const xshare_route_params* params,
+                                           const xshare_route_tensors* tensors, void* workspace,
+                                           size_t workspace_size, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The whole GPU check in one run of at most 8 minutes: build, correctness on fresh random input,
+# compute-sanitizer, benchmarks. Written ahead of a run on a GPU.
+#
+#     build_scripts/device_check.sh [RESULTS_FOLDER]       (default: benchmarks/results)
+#
+# Needs nvcc, cmake and a Python with torch, triton and pytest; no network, nothing is installed. A step that
+# fails does not stop the later ones; the exit status is the number of failed steps.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+deadline=$((SECONDS + ${XSHARE_CHECK_SECONDS:-480}))
+failed=0
+mkdir -p "$results" build/cuda
+export XSHARE_CUDA_LIBRARY=$PWD/build/cuda/libxshare_cuda.so
+
+# step NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left.
+step() {
+    local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS))
+    shift 2
+    if ((left < 5)); then
+        echo "== $name: no time left"
+        failed=$((failed + 1))
+        return
+    fi
+    echo "== $name"
+    if timeout -k 5 $((limit < left ? limit : left)) "$@"; then
+        echo "== $name: passed in $((SECONDS - start)) s"
+    else
+        echo "== $name: FAILED ($?) after $((SECONDS - start)) s"
+        failed=$((failed + 1))
+    fi
+}
+
+build() {
+    cmake -S plugins -B build/cuda -DXSHARE_CUDA=ON >build/cuda/configure.log &&
+        cmake --build build/cuda --target xshare_cuda -j "$(nproc)" >build/cuda/build.log 2>&1 || {
+        tail -40 build/cuda/configure.log build/cuda/build.log
+        return 1
+    }
+    if grep 'bytes stack frame' build/cuda/build.log | grep -vq ' 0 bytes stack frame, 0 bytes spill'; then
+        echo "a kernel spills: see build/cuda/build.log"
+        return 1
+    fi
+}
+export -f build
+
+# A subset under the sanitizer: it slows every launch down a hundredfold.
+sanitize() {
+    compute-sanitizer --tool "$1" --error-exitcode 99 "$python" -m pytest -q -x -p no:cacheprovider \
+        tests/gpu/test_route_cuda.py -k "$2" 2>&1 | tail -25
+}
+export -f sanitize
+export python
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "needs a GPU"; exit 1; }
+step build 150 bash -c build
+step correctness 120 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_route_cuda.py
+if command -v compute-sanitizer >/dev/null; then
+    step memcheck 60 bash -o pipefail -c 'sanitize memcheck "(gpt-oss or v3) and (-16] or -257] or -100])"'
+    step racecheck 60 bash -o pipefail -c 'sanitize racecheck "(gpt-oss or v3) and (-16] or -257] or -100])"'
+    step synccheck 45 bash -o pipefail -c 'sanitize synccheck "v3 and (-16] or -100])"'
+else
+    echo "== compute-sanitizer is not there: its steps are skipped"
+fi
+step route_gpu 150 "$python" benchmarks/route_gpu.py --quick --json "$results/route_gpu.json"
+step moe_layer_gpu 60 "$python" benchmarks/moe_layer_gpu.py --json "$results/moe_layer_gpu.json"
+echo "== $failed steps failed, $SECONDS s in all, results in $results"
+exit "$failed"

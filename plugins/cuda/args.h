@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel of one call is given, and the questions about it that more than one of them asks.
+#ifndef XSHARE_CUDA_ARGS_H
+#define XSHARE_CUDA_ARGS_H
+
+#include "core/limits.h"
+#include "core/platform.h"
+#include "xshare/xshare.h"
+
+#if defined(__CUDACC__)
+#define XSHARE_METHOD __host__ __device__ __forceinline__
+#else
+#define XSHARE_METHOD inline
+#endif
+
+namespace xshare {
+
+constexpr int kStepRows = 256;  // that one launch can take
+
+struct RouteArgs {
+    xshare_route_params p;
+    xshare_route_tensors t;
+    unsigned char* workspace;
+
+    // XShare is off whatever the rows are: the model's own routing needs no second look at them.
+    XSHARE_METHOD bool is_off() const {
+        return p.budget >= p.num_experts && p.gpu_budget == 0 && p.request_budget == 0 &&
+               p.min_coverage == 0.0;
+    }
+    XSHARE_METHOD bool stands_aside(uint32_t num_real_rows) const {
+        return is_off() || (p.max_rows >= 0 && num_real_rows > static_cast<uint32_t>(p.max_rows));
+    }
+    // Whether every row's own top-k must be known, and not its warm-up alone.
+    XSHARE_METHOD bool needs_own_choice() const {
+        return t.stats != nullptr || is_off() || (p.max_rows >= 0 && p.num_tokens > p.max_rows);
+    }
+    XSHARE_METHOD int gpu_of(int expert) const {
+        const int gpu = t.expert_gpu == nullptr ? 0 : t.expert_gpu[expert];
+        return gpu < 0 ? 0 : gpu < p.num_experts ? gpu : p.num_experts - 1;
+    }
+};
+
+}  // namespace xshare
+
+#endif  // XSHARE_CUDA_ARGS_H

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// Many rows: blocks gather into global memory, then blocks that all decide the same refine; with requests,
+// three small kernels between them. Kernels of one stream follow each other, so nothing waits inside a
+// kernel.
+//
+//     gather_rows [-> place_requests -> order_rows -> propose] -> refine_rows [-> tally_rows]
+//
+// The floor at T = 16384, E = 128, fp32: the logits are read twice (8 MiB each; the second time from L2), 6
+// us at 3 TB/s, and 3 launches.
+#ifndef XSHARE_CUDA_ROWS_CUH
+#define XSHARE_CUDA_ROWS_CUH
+
+#include "cuda/refine.cuh"
+#include "cuda/requests.cuh"
+#include "cuda/workspace.h"
+
+namespace xshare {
+
+// What all blocks gathered.
+template <int V>
+class TotalsSource {
+  public:
+    XSHARE_DEVICE_METHOD TotalsSource(const RouteArgs& args, const Totals& totals)
+        : totals_(totals), proposing_(args.p.request_budget > 0) {}
+
+    XSHARE_DEVICE_METHOD uint32_t warmup(int lane) const { return totals_.warmup[lane]; }
+    XSHARE_DEVICE_METHOD uint32_t exempt(int lane) const { return totals_.exempt[lane]; }
+    XSHARE_DEVICE_METHOD uint32_t before(int lane) const { return totals_.before[lane]; }
+    XSHARE_DEVICE_METHOD uint32_t num_real_rows() const { return totals_.num_real_rows; }
+    XSHARE_DEVICE_METHOD uint64_t sum(int expert) const { return totals_.sums[place_of<V>(expert)]; }
+    XSHARE_DEVICE_METHOD uint64_t utility(int expert) const {
+        return (proposing_ ? totals_.proposed : totals_.sums)[place_of<V>(expert)];
+    }
+
+  private:
+    const Totals& totals_;
+    const bool proposing_;
+};
+
+XSHARE_DEVICE int first_index() { return device::block() * device::num_threads() + device::thread(); }
+XSHARE_DEVICE int index_step() { return device::num_blocks() * device::num_threads(); }
+XSHARE_DEVICE int first_row() { return device::block() * device::num_warps() + device::warp(); }
+XSHARE_DEVICE int row_step() { return device::num_blocks() * device::num_warps(); }
+
+template <int V>
+XSHARE_DEVICE void add_to_totals(const Gathered<V>& gathered, Totals& totals) {
+    for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())
+        if (gathered.sums[i] != 0)
+            device::atomic_add(&totals.sums[i], static_cast<uint64_t>(gathered.sums[i]));
+    const int thread = device::thread();
+    if (thread >= device::kWarpSize) return;
+    if (gathered.warmup[thread] != 0) device::atomic_or(&totals.warmup[thread], gathered.warmup[thread]);
+    if (gathered.exempt[thread] != 0) device::atomic_or(&totals.exempt[thread], gathered.exempt[thread]);
+    if (gathered.before[thread] != 0) device::atomic_or(&totals.before[thread], gathered.before[thread]);
+    if (gathered.after[thread] != 0) device::atomic_or(&totals.after[thread], gathered.after[thread]);
+    if (thread == 0) device::atomic_add(&totals.num_real_rows, gathered.num_real_rows);
+}
+
+// Counts one row of its request; a slot belongs to the first request that finds it empty. Which slot that is,
+// and the order of a request's rows, may differ between runs; no result depends on either.
+XSHARE_DEVICE void enter_request(const Workspace& w, uint32_t request, int row) {
+    uint32_t slot = (request * 2654435769u) >> w.hash_shift;
+    while (true) {
+        const uint32_t there = device::atomic_exchange_if(&w.slots[slot].request, 0, request + 1);
+        if (there == 0 || there == request + 1) break;
+        slot = (slot + 1) & (w.num_slots - 1);
+    }
+    w.slot_of_row[row] = static_cast<int32_t>(slot);
+    w.place_in_request[row] = device::atomic_add(&w.slots[slot].num_rows, 1u);
+}
+
+template <int V>
+XSHARE_DEVICE void gather_rows(const RouteArgs& args) {
+    XSHARE_SHARED(Gathered<V>, gathered);
+    const Workspace w(args);
+    clear(gathered);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    device::sync_block();
+    Row<V> row;
+    for (int index = first_row(); index < args.p.num_tokens; index += row_step()) {
+        gather_row(args, index, row, gathered);
+        if (args.p.request_budget == 0 || device::lane() != 0) continue;
+        if (row.kind == RowKind::kShared)
+            enter_request(w, static_cast<uint32_t>(args.t.request_ids[index]), index);
+        else
+            w.slot_of_row[index] = -1;
+    }
+    device::sync_block();
+    add_to_totals(gathered, *w.totals);
+}
+
+// Gives every request a number and a range of `rows_by_request`.
+XSHARE_DEVICE void place_requests(const RouteArgs& args) {
+    const Workspace w(args);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    for (int slot = first_index(); slot < static_cast<int>(w.num_slots); slot += index_step()) {
+        const uint32_t num_rows = w.slots[slot].num_rows;
+        if (num_rows == 0) continue;
+        w.first_of_slot[slot] = device::atomic_add(&w.totals->num_placed_rows, num_rows);
+        w.slot_of_request[device::atomic_add(&w.totals->num_requests, 1u)] = slot;
+    }
+}
+
+XSHARE_DEVICE void order_rows(const RouteArgs& args) {
+    const Workspace w(args);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    for (int row = first_index(); row < args.p.num_tokens; row += index_step()) {
+        const int32_t slot = w.slot_of_row[row];
+        if (slot >= 0) w.rows_by_request[w.first_of_slot[slot] + w.place_in_request[row]] = row;
+    }
+}
+
+template <int V>
+struct ProposeShared {
+    uint64_t sums[V * device::kWarpSize];
+};
+
+// The column sums of one request's rows, over the block.
+template <int V>
+XSHARE_DEVICE void sum_request(const RouteArgs& args, const int32_t* rows, int num_rows,
+                               ProposeShared<V>& shared) {
+    Row<V> row;
+    uint64_t sums[V] = {};
+    for (int i = device::warp(); i < num_rows; i += device::num_warps()) {
+        score_row(args, rows[i], row);
+        XSHARE_UNROLL
+        for (int j = 0; j < V; ++j) sums[j] += static_cast<uint64_t>(fixed_point(row.affinity[j]));
+    }
+    if (device::warp() >= num_rows) return;
+    XSHARE_UNROLL
+    for (int j = 0; j < V; ++j)
+        if (sums[j] != 0) device::atomic_add(&shared.sums[j * device::kWarpSize + device::lane()], sums[j]);
+}
+
+// Stage 3: a block takes one request after another.
+template <int V>
+XSHARE_DEVICE void propose(const RouteArgs& args) {
+    constexpr int kBits = 41;  // of a column sum of kMaxTokens rows
+    XSHARE_SHARED(ProposeShared<V>, shared);
+    const Workspace w(args);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    for (uint32_t request = static_cast<uint32_t>(device::block()); request < w.totals->num_requests;
+         request += static_cast<uint32_t>(device::num_blocks())) {
+        for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())
+            shared.sums[i] = 0;
+        device::sync_block();
+        const int32_t slot = w.slot_of_request[request];
+        sum_request(args, w.rows_by_request + w.first_of_slot[slot], static_cast<int>(w.slots[slot].num_rows),
+                    shared);
+        device::sync_block();
+        if (device::warp() == 0) {
+            uint64_t sums[V];
+            XSHARE_UNROLL
+            for (int i = 0; i < V; ++i) sums[i] = shared.sums[i * device::kWarpSize + device::lane()];
+            const uint32_t proposed = largest_sums(sums, static_cast<uint32_t>(args.p.request_budget), kBits);
+            XSHARE_UNROLL
+            for (int i = 0; i < V; ++i)
+                if (proposed >> i & 1)
+                    device::atomic_add(&w.totals->proposed[i * device::kWarpSize + device::lane()], sums[i]);
+        }
+        device::sync_block();
+    }
+}
+
+struct RefineShared {
+    Selection<uint64_t> selection;
+    uint32_t after[device::kWarpSize];
+};
+
+// Stages 4, by every block alike, and 5.
+template <int V>
+XSHARE_DEVICE void refine_rows(const RouteArgs& args) {
+    XSHARE_SHARED(RefineShared, shared);
+    const Workspace w(args);
+    const int thread = device::thread();
+    if (thread < device::kWarpSize) shared.after[thread] = 0;
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    merge_step<V>(args, TotalsSource<V>(args, *w.totals), shared.selection);
+    device::sync_block();
+    select_experts<V>(args, shared.selection);
+    const uint32_t active = shared.selection.active[device::lane()];
+    const bool stands_aside = args.stands_aside(shared.selection.num_real_rows);
+    Row<V> row;
+    for (int index = first_row(); index < args.p.num_tokens; index += row_step()) {
+        look_again(args, index, row);
+        refine_row<V>(args, stands_aside, active, index, row, shared.after);
+    }
+    if (device::block() == 0) {
+        write_active_experts<V>(args, shared.selection.active);
+        if (thread < device::kWarpSize) w.totals->active[thread] = active;
+        if (thread == 0) w.totals->warmup_overflow = shared.selection.warmup_overflow;
+    }
+    device::sync_block();
+    if (thread < device::kWarpSize && shared.after[thread] != 0)
+        device::atomic_or(&w.totals->after[thread], shared.after[thread]);
+}
+
+// The statistics, by one block.
+template <int V>
+XSHARE_DEVICE void tally_rows(const RouteArgs& args) {
+    XSHARE_SHARED(Tally, tally);
+    const Workspace w(args);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    if (device::thread() < device::kWarpSize) {
+        tally.before[device::thread()] = w.totals->before[device::thread()];
+        tally.after[device::thread()] = w.totals->after[device::thread()];
+        tally.active[device::thread()] = w.totals->active[device::thread()];
+    }
+    const TotalsSource<V> source(args, *w.totals);
+    write_stats<V>(args, source, w.totals->num_real_rows, w.totals->warmup_overflow, tally);
+}
+
+}  // namespace xshare
+
+#endif  // XSHARE_CUDA_ROWS_CUH

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stage 1 of a row: affinities and the keys of its ranking scores.
+#ifndef XSHARE_CUDA_SCORE_CUH
+#define XSHARE_CUDA_SCORE_CUH
+
+#include "cuda/groups.cuh"
+
+namespace xshare {
+
+// keys = R, affinity = A of a softmax.
+template <int V>
+XSHARE_DEVICE void score_softmax(bool rank_by_logits, const float (&logits)[V], int num_here, Row<V>& row) {
+    int32_t largest = kUnavailable;
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        row.keys[i] = i < num_here ? score_key(logits[i]) : kUnavailable;
+        largest = max_of(largest, row.keys[i]);
+    }
+    const float peak = key_score(device::warp_max(largest));
+    uint64_t sum = 0;  // of rint(e * 2^40), below 2^50
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        const float e = i < num_here ? exp_fixed(sub_rn(logits[i], peak)) : 0.0f;
+        row.affinity[i] = e;
+        sum += softmax_term(e) - softmax_term(0.0f);
+    }
+    const float denominator = softmax_denominator(device::warp_add_wide(sum), 0);
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        row.affinity[i] = div_rn(row.affinity[i], denominator);
+        if (!rank_by_logits && i < num_here) row.keys[i] = float_bits(row.affinity[i]);
+    }
+}
+
+template <int V>
+XSHARE_DEVICE void score_sigmoid(const float* bias, const float (&logits)[V], int num_here, Row<V>& row) {
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        const bool here = i < num_here;
+        row.affinity[i] = here ? sigmoid_fixed(logits[i]) : 0.0f;
+        float b = bias != nullptr && here ? bias[device::lane() * V + i] : 0.0f;
+        if ((float_bits(b) & 0x7f800000) == 0x7f800000) b = 0.0f;
+        row.keys[i] = here ? score_key(add_rn(row.affinity[i], b)) : kUnavailable;
+    }
+}
+
+// Stage 1. A padding row gets no scores.
+template <int V>
+XSHARE_DEVICE void score_row(const RouteArgs& args, int index, Row<V>& row) {
+    float logits[V];
+    row.kind = load_row(args, index, logits);
+    if (row.kind == RowKind::kPadding) return;
+    const int num_here = max_of(0, min_of(V, args.p.num_experts - device::lane() * V));
+    if (args.p.scoring == XSHARE_SIGMOID_BIAS)
+        score_sigmoid(args.t.correction_bias, logits, num_here, row);
+    else
+        score_softmax(args.p.scoring == XSHARE_TOPK_SOFTMAX, logits, num_here, row);
+    if (args.p.num_groups > 1) limit_groups(args, row.keys);
+}
+
+}  // namespace xshare
+
+#endif  // XSHARE_CUDA_SCORE_CUH

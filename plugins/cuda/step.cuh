@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// A decode step in one launch: up to kStepRows rows in one block, or in the blocks of one cluster, which
+// exchange their sums through each other's shared memory and then all decide the same.
+//
+// The floor. At T = 16, E = 128 the tensors are 9 KB: bytes do not matter (3 ns at 3 TB/s), a chain of
+// latencies does: the launch in a graph (about 1.5 us behind another kernel), one trip to L2 or memory for
+// the logits (0.3 to 0.6 us), three warp reductions for the softmax, one per pick of the warm-up, 4 block
+// barriers (about 20 ns each), one round of ranking (E * E comparisons over the block: 32 per thread at E =
+// 128, about 700 at E = 512), k dependent picks (about 40 ns each) and the stores. An estimate of 3 to 4 us,
+// nearly all of it latency. Hence one warp per row: more rows are more warps, not more time, until the block
+// is full, and then more blocks (a cluster barrier is about 0.3 us).
+#ifndef XSHARE_CUDA_STEP_CUH
+#define XSHARE_CUDA_STEP_CUH
+
+#include "cuda/refine.cuh"
+#include "cuda/requests.cuh"
+
+namespace xshare {
+
+template <int V>
+struct StepShared {
+    Gathered<V> gathered;
+    Leaders leaders;
+    Selection<uint32_t> selection;
+    Tally tally;
+};
+
+// What the blocks of the team gathered.
+template <int V>
+class TeamSource {
+  public:
+    XSHARE_DEVICE_METHOD TeamSource(const RouteArgs& args, Gathered<V>& own)
+        : own_(own), size_(device::team_size()), proposing_(args.p.request_budget > 0) {}
+
+    XSHARE_DEVICE_METHOD uint32_t warmup(int lane) const { return any(own_.warmup + lane); }
+    XSHARE_DEVICE_METHOD uint32_t exempt(int lane) const { return any(own_.exempt + lane); }
+    XSHARE_DEVICE_METHOD uint32_t before(int lane) const { return any(own_.before + lane); }
+    XSHARE_DEVICE_METHOD uint32_t after(int lane) const { return any(own_.after + lane); }
+    XSHARE_DEVICE_METHOD uint32_t num_real_rows() const { return sum_of(&own_.num_real_rows); }
+    XSHARE_DEVICE_METHOD uint32_t sum(int expert) const { return sum_of(own_.sums + place_of<V>(expert)); }
+    XSHARE_DEVICE_METHOD uint32_t utility(int expert) const {
+        return sum_of((proposing_ ? own_.proposed : own_.sums) + place_of<V>(expert));
+    }
+
+  private:
+    XSHARE_DEVICE_METHOD uint32_t any(uint32_t* word) const {
+        uint32_t bits = 0;
+        for (int rank = 0; rank < size_; ++rank) bits |= *device::of_peer(word, rank);
+        return bits;
+    }
+    XSHARE_DEVICE_METHOD uint32_t sum_of(uint32_t* number) const {
+        uint32_t sum = 0;
+        for (int rank = 0; rank < size_; ++rank) sum += *device::of_peer(number, rank);
+        return sum;
+    }
+
+    Gathered<V>& own_;
+    const int size_;
+    const bool proposing_;
+};
+
+// Returns the row whose scores are left in `row`, or -1.
+template <int V>
+XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_warps, StepShared<V>& shared,
+                              Row<V>& row) {
+    if (args.p.request_budget > 0) {
+        find_leaders(args, shared.leaders);
+        return gather_requests(args, this_warp, team_warps, shared.leaders, row, shared.gathered);
+    }
+    int last = -1;
+    for (int index = this_warp; index < args.p.num_tokens; index += team_warps) {
+        gather_row(args, index, row, shared.gathered);
+        last = index;
+    }
+    return last;
+}
+
+template <int V>
+XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_warps, int scored,
+                               StepShared<V>& shared, Row<V>& row) {
+    const uint32_t active = shared.selection.active[device::lane()];
+    const bool stands_aside = args.stands_aside(shared.selection.num_real_rows);
+    // Backwards: the row that was scored last comes first and still has its scores.
+    const int last_round = (args.p.num_tokens - 1 - this_warp) / team_warps;
+    for (int index = this_warp + last_round * team_warps; index >= 0; index -= team_warps) {
+        if (index >= args.p.num_tokens) continue;
+        if (index != scored) look_again(args, index, row);
+        scored = -1;
+        refine_row<V>(args, stands_aside, active, index, row, shared.gathered.after);
+    }
+}
+
+template <int V>
+XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source, StepShared<V>& shared) {
+    if (device::thread() < device::kWarpSize) {
+        shared.tally.before[device::thread()] = shared.selection.before[device::thread()];
+        shared.tally.active[device::thread()] = shared.selection.active[device::thread()];
+        shared.tally.after[device::thread()] = source.after(device::thread());
+    }
+    write_stats<V>(args, source, shared.selection.num_real_rows, shared.selection.warmup_overflow,
+                   shared.tally);
+}
+
+template <int V>
+XSHARE_DEVICE void route_step(const RouteArgs& args) {
+    XSHARE_SHARED(StepShared<V>, shared);
+    const int rank = device::team_rank();
+    const int this_warp = device::warp() * device::team_size() + rank;
+    const int team_warps = device::num_warps() * device::team_size();
+    clear(shared.gathered);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    device::sync_block();
+
+    Row<V> row;
+    const int scored = gather_step(args, this_warp, team_warps, shared, row);
+    device::sync_team();
+    const TeamSource<V> source(args, shared.gathered);
+    merge_step<V>(args, source, shared.selection);
+    device::sync_block();
+    if (args.t.stats == nullptr)
+        device::team_arrive();  // this block is done with the shared memory of the others
+    select_experts<V>(args, shared.selection);
+    refine_step(args, this_warp, team_warps, scored, shared, row);
+    if (rank == 0) write_active_experts<V>(args, shared.selection.active);
+    if (args.t.stats != nullptr) {
+        device::sync_team();
+        if (rank == 0) tally_step(args, source, shared);
+        device::team_arrive();
+    }
+    device::team_wait();
+}
+
+}  // namespace xshare
+
+#endif  // XSHARE_CUDA_STEP_CUH
