@@ -77,7 +77,7 @@ def demo(json_path: Path) -> None:
 )
 @click.option("--exempt", is_flag=True, help="Take a mask of rows that keep their own top-k.")
 @click.option(
-    "--plugin-only", is_flag=True, help="Leave the function body out, for a TensorRT with the plugin."
+    "--plugin-only", is_flag=True, help="Leave the body out: TensorRT before 10.15 prefers it to the plugin."
 )
 def export(
     path: Path,
