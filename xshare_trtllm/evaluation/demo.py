@@ -29,12 +29,13 @@ GPUS = 8  # simulated: each holds a contiguous slice of the experts
 
 SETTINGS: dict[str, XShareConfig | None] = {
     "own routing": None,
-    "budget 40": XShareConfig(40),
-    "budget 36": XShareConfig(36),
-    "budget 32": XShareConfig(32),
-    "budget 28": XShareConfig(28),
-    "budget 24": XShareConfig(24),
-    "budget 36, 5 per GPU": XShareConfig(36, gpu_budget=5),
+    "budget 40": XShareConfig(40, warmup=2),
+    "budget 36": XShareConfig(36, warmup=2),
+    "budget 32": XShareConfig(32, warmup=2),
+    "budget 28": XShareConfig(28, warmup=2),
+    "budget 24": XShareConfig(24, warmup=2),
+    "budget 32, no warm-up": XShareConfig(32, warmup=0),
+    "budget 36, 5 per GPU": XShareConfig(36, warmup=2, gpu_budget=5),
 }
 
 
@@ -229,12 +230,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axis, (field, label, colour) in zip(axes, panels, strict=True):
         for setting in settings:
             x, y = setting["active_experts"], 100 * (setting[field] - 1)
-            is_flat = "gpu_budget" not in setting["config"]
-            axis.plot(x, y, "o" if is_flat else "s", color=colour, fillstyle="full" if is_flat else "none")
-            axis.annotate(setting["name"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        axis.set_xlabel("active experts per layer and step")
+            label = setting["name"].removeprefix("budget ")
+            is_variant = "," in label
+            axis.plot(
+                x, y, "s" if is_variant else "o", color=colour, fillstyle="none" if is_variant else "full"
+            )
+            below = {"xytext": (6, -12)} if is_variant else {"xytext": (-6, 6), "ha": "right"}
+            axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **below)
+        axis.set_xlabel("active experts per layer and step; labels are budgets")
         axis.set_ylabel(label)
-        axis.margins(x=0.22, y=0.15)
+        axis.margins(x=0.2, y=0.15)
         axis.grid(alpha=0.3)
     axes[0].axhline(-1, color="grey", linestyle="--", linewidth=1)
     figure.suptitle(f"{report['model']}: batches of {report['batch']} rows of different documents")
