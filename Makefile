@@ -15,7 +15,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	@echo "== the whole test suite (about 5 minutes on 2 cores)"
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -35,10 +35,11 @@ bench: .venv/ready
 
 # torch is pinned, since on a CPU machine a looser wish can bring gigabytes of CUDA libraries.
 .venv/ready: pyproject.toml setup.py $(wildcard plugins/CMakeLists.txt plugins/*/*.h plugins/*/*/*.h plugins/*/*.cpp)
-	@echo "== setting up .venv: PyTorch for the CPU, transformers, the native library (2 to 4 minutes)"
+	@echo "== setting up .venv: PyTorch for the CPU, transformers, the native library (3 to 5 minutes)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test,tensorrt]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps kernel-lens==2.0.1  # TensorRT's headers
 	@touch $@
 
 clean:

@@ -43,8 +43,8 @@ class Output:
 class Decoder(nn.Module):
     """Runs a Qwen3-MoE model for sequences of equal length.
 
-    Shares the experts, routers and norms; keeps its own copy of the projections, transposed: for a few rows a product
-    with [in, out] reads memory faster than one with [out, in].
+    Shares the experts, routers and norms; keeps its own copy of the projections, transposed: for a few rows
+    a product with [in, out] reads memory faster than one with [out, in].
 
     capacity  tokens per sequence that the KV cache holds
 

@@ -227,7 +227,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         ("accuracy_ratio", "next-token accuracy, change in %", "tab:blue"),
         ("tokens_per_second_ratio", "output tokens per second, change in %", "tab:green"),
     )
-    for axis, (field, label, colour) in zip(axes, panels, strict=True):
+    for axis, (field, title, colour) in zip(axes, panels, strict=True):
         for setting in settings:
             x, y = setting["active_experts"], 100 * (setting[field] - 1)
             label = setting["name"].removeprefix("budget ")
@@ -238,7 +238,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             below = {"xytext": (6, -12)} if is_variant else {"xytext": (-6, 6), "ha": "right"}
             axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **below)
         axis.set_xlabel("active experts per layer and step; labels are budgets")
-        axis.set_ylabel(label)
+        axis.set_ylabel(title)
         axis.margins(x=0.2, y=0.15)
         axis.grid(alpha=0.3)
     axes[0].axhline(-1, color="grey", linestyle="--", linewidth=1)
