@@ -93,7 +93,7 @@ def test_without_tensorrt(built: plugin_build.Built) -> None:
 
 
 @pytest.mark.parametrize("how", ("preloaded", "found_by_the_loader"))
-def test_registers_itself(how: str, built: plugin_build.Built) -> None:
+def test_contract_registers_itself(how: str, built: plugin_build.Built) -> None:
     """In the TensorRT whose headers it was built with, here a stand-in, in the process before it or not."""
     preload = f"{built.fake}:{built.library}" if how == "preloaded" else str(built.library)
     done = subprocess.run(
@@ -106,7 +106,7 @@ def test_registers_itself(how: str, built: plugin_build.Built) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "registered XShareRouting in xshare\n", "")
 
 
-def test_logs_and_is_handed_over(built: plugin_build.Built) -> None:
+def test_contract_logs_and_is_handed_over(built: plugin_build.Built) -> None:
     """Registered by preloading; getCreators, TensorRT's first call in load_library, takes that back."""
     done = run_check(
         "without_tensorrt",
