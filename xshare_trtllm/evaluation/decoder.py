@@ -140,7 +140,7 @@ class _Layer(nn.Module):
         qkv = _rms_norm(hidden, self.input_norm) @ self.qkv
         qkv = qkv.view(batch, length, -1, self.size)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        qk = _normalised(qk, self.eps) * self.qk_norm
+        qk = functional.rms_norm(qk, (self.size,), eps=self.eps) * self.qk_norm
         qk = torch.addcmul(qk * rotation[0], qk.roll(self.size // 2, -1), rotation[1])
         keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
         values[:, :, start:end] = v.transpose(1, 2)
@@ -166,11 +166,4 @@ def _transposed(weight: Tensor) -> Tensor:
 
 
 def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
-    weight: Tensor = norm.weight
-    return _normalised(hidden, norm.variance_epsilon) * weight
-
-
-def _normalised(hidden: Tensor, eps: float) -> Tensor:
-    """RMS normalisation without a weight; for a few rows in half the time of `functional.rms_norm`."""
-    mean_square = hidden.square().sum(-1, keepdim=True).mul_(1 / hidden.shape[-1])
-    return hidden * mean_square.add_(eps).rsqrt_()
+    return functional.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)

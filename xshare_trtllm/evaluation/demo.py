@@ -94,8 +94,7 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Decode steps of a small model are too short to share between threads: waiting costs more than it
-    saves."""
+    """Steps of a few milliseconds, shared between threads, stall on a busy machine; one thread times fairly."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

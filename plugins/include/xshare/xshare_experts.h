@@ -16,7 +16,7 @@ typedef struct xshare_experts_params {
     uint32_t struct_size;
     int32_t num_tokens;         // T: 0 .. 1048576
     int32_t num_experts;        // E: 1 .. 512
-    int32_t top_k;              // k: 1 .. min(16, E)
+    int32_t top_k;              // k: 1 .. 16
     int32_t hidden_size;        // H: 1 .. 65536
     int32_t intermediate_size;  // F: 1 .. 65536
 } xshare_experts_params;
