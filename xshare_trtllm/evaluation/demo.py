@@ -94,7 +94,7 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Steps of a few milliseconds, shared between threads, stall on a busy machine; one thread times fairly."""
+    """Steps of milliseconds, shared between threads, stall on a busy machine; one thread times fairly."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

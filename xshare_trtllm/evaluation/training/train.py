@@ -4,8 +4,7 @@
 
 `DIR` is what `data.py` wrote. Writes a folder that `from_pretrained` loads (config, bf16 safetensors,
 tokenizer) and `training.json` (arguments, versions, loss curve as [step, loss, balance, seconds]) with its
-picture. The shipped
-model took 94 minutes on one CPU core; a GPU is used where torch finds one.
+picture. The shipped model took 94 minutes on one CPU core; a GPU is used where torch finds one.
 """
 
 from __future__ import annotations
