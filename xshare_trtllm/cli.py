@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,25 @@ _HF_CONFIG = "config.json of a Hugging Face model, instead of the numbers of the
 _CONFIG = "YAML file with the budget and its options, instead of those below."
 
 
-@click.group()
+# Commands with a home of their own, imported when asked for: `name: (module, attribute)`.
+_ELSEWHERE: dict[str, tuple[str, str]] = {}
+
+
+class _Commands(click.Group):
+    """The commands below and those elsewhere."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, attribute = _ELSEWHERE[cmd_name]
+        command: click.Command = getattr(import_module(f"xshare_trtllm.{module}"), attribute)
+        return command
+
+
+@click.group(cls=_Commands)
 @click.version_option(__version__)
 def main() -> None:
     """XShare: fewer active experts per decode step of an MoE model, without retraining."""
