@@ -58,10 +58,61 @@ def test_roll_back(model):
     decoder = Decoder(model)
     cache = decoder(input_ids=tokens[:, :10]).cache
     first = decoder(input_ids=tokens[:, 10:13], cache=cache).logits
-    cache.length = 10
+    cache.lengths.fill_(10)
     decoder(input_ids=tokens[:, :3], cache=cache)
-    cache.length = 10
+    cache.lengths.fill_(10)
     assert torch.equal(decoder(input_ids=tokens[:, 10:13], cache=cache).logits, first)
+
+
+def test_sequences_at_different_places(model):
+    """Each sequence of a ragged batch, in pieces with padding, has the logits that it has alone."""
+    tokens = random_tokens(batch=4, length=20)
+    expected = model(input_ids=tokens).logits
+    decoder = Decoder(model, capacity=32)
+    cache = decoder.new_cache(5)
+    counts = torch.tensor([[3, 7, 1, 5], [1, 1, 1, 1], [4, 2, 3, 1], [9, 1, 10, 2]])
+    for step in counts:
+        width = int(step.max())
+        mask = torch.arange(width) < step[:, None]
+        places = (cache.lengths[:4, None] + torch.arange(width)).clamp(max=19)
+        pieces = tokens.gather(1, places)
+        logits = decoder(input_ids=pieces, cache=cache, attention_mask=mask).logits
+        wanted = expected[torch.arange(4)[:, None], places]
+        torch.testing.assert_close(logits[mask], wanted[mask], rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == [*counts.sum(0).tolist(), 0]
+
+
+def test_rows_and_move(model):
+    """A sequence prefilled into its row by a view, moved to another, goes on as it would have."""
+    tokens = random_tokens(batch=1, length=12)
+    expected = model(input_ids=tokens).logits[:, 9:]
+    decoder = Decoder(model, capacity=16)
+    cache = decoder.new_cache(3)
+    decoder(input_ids=random_tokens(batch=3, length=4), cache=cache)
+    cache.lengths[2] = 0
+    decoder(input_ids=tokens[:, :9], cache=cache.rows(2, 3))
+    assert cache.lengths.tolist() == [4, 4, 9]
+    cache.move(2, 0)
+    got = decoder(input_ids=tokens[:, 9:], cache=cache.rows(0, 1)).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == [12, 4, 9]
+
+
+def test_padding_has_no_say_in_the_experts(model):
+    tokens = random_tokens(batch=2, length=10)
+    decoder = Decoder(model)
+    results = []
+    for garbage in (0, 50):
+        piece = tokens[:, 4:8].clone()
+        piece[1, 2:] = garbage
+        mask = torch.tensor([[True] * 4, [True, True, False, False]])
+        cache = decoder(input_ids=tokens[:, :4]).cache
+        with attach(decoder, XShareConfig(5), prefill="shared") as attached:
+            logits = decoder(input_ids=piece, cache=cache, attention_mask=mask).logits
+        results.append((logits[mask], attached.stats))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert [layer.rows for layer in results[0][1]] == [6, 6]
 
 
 def test_xshare_attaches_as_to_the_model(model):

@@ -170,8 +170,6 @@ class Attachment:
     def __init__(
         self, model: nn.Module, config: XShareConfig, prefill: Prefill, expert_gpu: Tensor | None
     ) -> None:
-        if prefill not in get_args(Prefill):
-            raise ValueError(f"prefill={prefill!r}: must be one of {', '.join(get_args(Prefill))}")
         model_config: Any = model.config
         spec = RouterSpec.from_hf_config(model_config)
         config.check(spec)
@@ -191,10 +189,19 @@ class Attachment:
             _Router(module, model_config.model_type, spec, config.for_layer(layer), expert_gpu)
             for layer, module in enumerate(modules)
         ]
-        this_pass = _Pass(prefill)
+        self._pass = _Pass(_checked(prefill))
         for router in self._routers:
-            router.router.forward = partial(router.forward, this_pass)
-        self._hook = model.register_forward_pre_hook(this_pass.see, with_kwargs=True)
+            router.router.forward = partial(router.forward, self._pass)
+        self._hook = model.register_forward_pre_hook(self._pass.see, with_kwargs=True)
+
+    @property
+    def prefill(self) -> Prefill:
+        """What the next pass of several tokens per sequence will be; may be set, between two passes."""
+        return self._pass.prefill
+
+    @prefill.setter
+    def prefill(self, prefill: Prefill) -> None:
+        self._pass.prefill = _checked(prefill)
 
     def detach(self) -> None:
         """Give the model its own routers back; harmless when repeated."""
@@ -228,6 +235,12 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
     if not routers:
         raise ValueError(f"{type(model).__name__} has no router module that ends in {' or '.join(suffixes)}")
     return routers
+
+
+def _checked(prefill: Prefill) -> Prefill:
+    if prefill not in get_args(Prefill):
+        raise ValueError(f"prefill={prefill!r}: must be one of {', '.join(get_args(Prefill))}")
+    return prefill
 
 
 def _mean(total: Tensor, steps: int) -> LayerStats:

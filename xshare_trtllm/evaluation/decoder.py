@@ -19,17 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, [layers, batch, kv_heads, capacity, head_dim] each; `length` tokens
-    are in it.
+    """The keys and values of every layer, and how many tokens of each sequence they hold.
 
-    Lowering `length` rolls the last tokens back.
+    keys, values  [layers, batch, kv_heads, capacity, head_dim] fp32
+    lengths       [batch] int64; lowering an entry rolls that sequence's last tokens back
     """
 
     keys: Tensor
     values: Tensor
-    length: int = 0
+    lengths: Tensor
+
+    def rows(self, first: int, last: int) -> KVCache:
+        """Sequences `first` to `last - 1`, as a view: what is written there is written here."""
+        return KVCache(self.keys[:, first:last], self.values[:, first:last], self.lengths[first:last])
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one sequence over another: the last one, into the place of one that has ended."""
+        length = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,7 @@ class Output:
 
 
 class Decoder(nn.Module):
-    """Runs a Qwen3-MoE model for sequences of equal length.
+    """Runs a Qwen3-MoE model for a batch of sequences, each at its own place in its text.
 
     Shares the experts, routers and norms; keeps its own copy of the projections, transposed: for a few rows
     a product with [in, out] reads memory faster than one with [out, in].
@@ -81,27 +92,67 @@ class Decoder(nn.Module):
         """An empty cache for `batch` sequences."""
         heads, size = self.config.num_key_value_heads, self.config.head_dim
         shape = (len(self.layers), batch, heads, self.capacity, size)
-        return KVCache(torch.zeros(shape), torch.zeros(shape))
+        return KVCache(torch.zeros(shape), torch.zeros(shape), torch.zeros(batch, dtype=torch.int64))
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, use_cache: bool = True) -> Output:
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+    ) -> Output:
         """Logits of the next tokens after `input_ids` [batch, length], which follow what `cache` holds.
+
+        cache           may hold more sequences than `batch`: its first ones are continued
+        attention_mask  [batch, length] bool, False = padding, at the end of a row only: it has logits that
+                        mean nothing, no place in the cache and no say in XShare's choice of experts
 
         Raises ValueError where the cache would overflow.
         """
         batch, length = input_ids.shape
         cache = cache or self.new_cache(batch)
-        end = cache.length + length
-        if end > self.capacity:
-            raise ValueError(f"Decoder(capacity={self.capacity}): {end} tokens per sequence do not fit")
-        rotation = self.cosine[cache.length : end, None], self.sine[cache.length : end, None]
-        mask = None
-        if length > 1:
-            mask = torch.ones(length, end, dtype=torch.bool).tril(cache.length)
+        place = _Place(cache.lengths[:batch], length, self.cosine, self.sine)
+        if place.end > self.capacity:
+            raise ValueError(f"Decoder(capacity={self.capacity}): {place.end} tokens per sequence do not fit")
         hidden = self.embed_tokens(input_ids)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            hidden = layer(hidden, keys, values, cache.length, rotation, mask)
-        cache.length = end
+            hidden = layer(hidden, keys[:batch], values[:batch], place)
+        cache.lengths[:batch] += length if attention_mask is None else attention_mask.sum(-1)
         return Output(_rms_norm(hidden, self.norm) @ self.lm_head, cache)
+
+
+class _Place:
+    """Where in the cache the tokens of one pass go, and what each of them sees.
+
+    end       the longest sequence after the pass
+    rotation  cosine and sine, [1 or batch, length, 1, head_dim] each
+    mask      [1 or batch, 1, length, end] bool, or None where every token sees all of the cache up to `end`
+    """
+
+    def __init__(self, lengths: Tensor, length: int, cosine: Tensor, sine: Tensor) -> None:
+        starts = lengths.tolist()
+        self.start, self.end = starts[0], max(starts) + length
+        self.is_uniform = min(starts) == max(starts)
+        self.mask: Tensor | None = None
+        if self.end > len(cosine):
+            return  # refused by the caller
+        if self.is_uniform:
+            self.rotation = cosine[None, self.start : self.end, None], sine[None, self.start : self.end, None]
+            if length > 1:
+                mask = torch.ones(length, self.end, dtype=torch.bool).tril(self.start)
+                self.mask = mask[None, None]
+            return
+        self.positions = lengths[:, None] + torch.arange(length)  # [batch, length]
+        self.sequences = torch.arange(len(starts))[:, None]
+        self.rotation = cosine[self.positions, None], sine[self.positions, None]
+        self.mask = (torch.arange(self.end) <= self.positions[:, :, None])[:, None]
+
+    def write(self, stored: Tensor, new: Tensor) -> None:
+        """Put `new` [batch, length, kv_heads, head_dim] where it belongs in the cache of its layer."""
+        if self.is_uniform:
+            stored[:, :, self.start : self.end] = new.transpose(1, 2)
+        else:
+            stored[self.sequences, :, self.positions] = new
 
 
 class _Layer(nn.Module):
@@ -126,39 +177,41 @@ class _Layer(nn.Module):
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.mlp = layer.mlp
 
-    def forward(
-        self,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        start: int,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, place: _Place) -> Tensor:
         batch, length, _ = hidden.shape
-        end = start + length
         qkv = _rms_norm(hidden, self.input_norm) @ self.qkv
         qkv = qkv.view(batch, length, -1, self.size)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         qk = functional.rms_norm(qk, (self.size,), eps=self.eps) * self.qk_norm
-        qk = torch.addcmul(qk * rotation[0], qk.roll(self.size // 2, -1), rotation[1])
-        keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
-        values[:, :, start:end] = v.transpose(1, 2)
-        query = qk[:, :, : self.heads].transpose(1, 2)
-        if (
-            length == 1
-        ):  # the query heads of one key head are its queries; for so few, plain products are faster
-            query = query.reshape(batch, self.kv_heads, -1, self.size)
-            scores = query @ keys[:, :, :end].transpose(2, 3) * self.size**-0.5
-            mixed = scores.softmax(-1) @ values[:, :, :end]
-        else:
-            mixed = functional.scaled_dot_product_attention(
-                query, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
-            )
-        mixed = mixed.reshape(batch, self.heads, length, self.size).transpose(1, 2).flatten(2)
-        hidden = hidden + mixed @ self.out
+        qk = torch.addcmul(qk * place.rotation[0], qk.roll(self.size // 2, -1), place.rotation[1])
+        query, key = qk.split([self.heads, self.kv_heads], dim=2)
+        place.write(keys, key)
+        place.write(values, v)
+        keys, values = keys[:, :, : place.end], values[:, :, : place.end]
+        attend = _attend_few if length <= 8 else _attend_many
+        mixed = attend(query.transpose(1, 2), keys, values, place.mask)
+        hidden = hidden + mixed.transpose(1, 2).flatten(2) @ self.out
         out: Tensor = hidden + self.mlp(_rms_norm(hidden, self.mlp_norm))
         return out
+
+
+def _attend_many(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """query, result [batch, heads, length, head_dim]; keys, values [batch, kv_heads, end, head_dim]."""
+    mixed: Tensor = functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, enable_gqa=True
+    )
+    return mixed
+
+
+def _attend_few(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """The same by plain products, faster for a few tokens: the heads of one key head are its queries."""
+    batch, heads, length, size = query.shape
+    kv_heads = keys.shape[1]
+    scores = query.reshape(batch, kv_heads, -1, size) @ keys.transpose(2, 3) * size**-0.5
+    if mask is not None:
+        by_head = scores.view(batch, kv_heads, heads // kv_heads, length, -1)
+        scores = by_head.masked_fill(~mask[:, :, None], -torch.inf).view_as(scores)
+    return (scores.softmax(-1) @ values).view(batch, heads, length, size)
 
 
 def _transposed(weight: Tensor) -> Tensor:
