@@ -26,6 +26,7 @@ def attach(
     *,
     prefill: Prefill = "exempt",
     expert_gpu: Tensor | None = None,
+    step_tokens: int = 1,
 ) -> Attachment:
     """Puts XShare into every MoE layer of a transformers model, until `detach()` or the end of a `with`.
 
@@ -37,14 +38,17 @@ def attach(
     prefill     what to do with a pass of more than one token per sequence:
                 `exempt`    the model's own routing (prefill; it is not counted in the statistics)
                 `shared`    all rows of the pass are one batch (verification of draft tokens)
-                `stepwise`  every position is a step of its own: what decoding the same tokens would
-                            compute, with one row per sequence and step, in a single pass
+                `stepwise`  `step_tokens` positions are a step of their own: what decoding (1) or verifying
+                            drafts (1 + draft length) of the same tokens would compute, in a single pass
     expert_gpu  [E] int, the GPU that holds each expert
+    step_tokens positions of a step for `stepwise`
+
+    A pass of one token per sequence is always one batch.
 
     Raises ValueError for a model without known routers, one that is attached already, or a configuration
     that does not fit.
     """
-    return Attachment(model, config, prefill, expert_gpu)
+    return Attachment(model, config, prefill, expert_gpu, step_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class _Pass:
     """The forward pass under way: its rows and what to do with them."""
 
     prefill: Prefill
+    step_tokens: int
     batch: int = 0
     length: int = 0
     is_masked: bool = False
@@ -156,11 +161,18 @@ class _Router:
         return routing.expert_ids, routing.expert_weights
 
     def _route_stepwise(self, this_pass: _Pass, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Every position its own step: ids and weights `[batch * length, k]`."""
-        steps = router_logits.view(this_pass.batch, this_pass.length, -1).transpose(0, 1).contiguous()
-        requests = this_pass.request_ids.T.contiguous()
-        routed = [self._route(*step) for step in zip(steps, requests, strict=True)]
-        ids, weights = (torch.stack(parts, dim=1) for parts in zip(*routed, strict=True))
+        """Every `step_tokens` positions a step of their own: ids and weights `[batch * length, k]`."""
+        batch, width = this_pass.batch, this_pass.step_tokens
+        steps = router_logits.view(batch, this_pass.length, -1).split(width, dim=1)
+        requests = this_pass.request_ids.split(width, dim=1)
+        routed = [
+            self._route(step.flatten(0, 1).contiguous(), rows.flatten())
+            for step, rows in zip(steps, requests, strict=True)
+        ]
+        ids, weights = (
+            torch.cat([part.view(batch, -1, self.spec.top_k) for part in parts], dim=1)
+            for parts in zip(*routed, strict=True)
+        )
         return ids.flatten(0, 1), weights.flatten(0, 1)
 
 
@@ -168,8 +180,15 @@ class Attachment:
     """XShare in one model. `stats` has one `LayerStats` per MoE layer."""
 
     def __init__(
-        self, model: nn.Module, config: XShareConfig, prefill: Prefill, expert_gpu: Tensor | None
+        self,
+        model: nn.Module,
+        config: XShareConfig,
+        prefill: Prefill,
+        expert_gpu: Tensor | None,
+        step_tokens: int,
     ) -> None:
+        if step_tokens < 1:
+            raise ValueError(f"step_tokens={step_tokens}: a step has at least one position")
         model_config: Any = model.config
         spec = RouterSpec.from_hf_config(model_config)
         config.check(spec)
@@ -189,7 +208,7 @@ class Attachment:
             _Router(module, model_config.model_type, spec, config.for_layer(layer), expert_gpu)
             for layer, module in enumerate(modules)
         ]
-        self._pass = _Pass(_checked(prefill))
+        self._pass = _Pass(_checked(prefill), step_tokens)
         for router in self._routers:
             router.router.forward = partial(router.forward, self._pass)
         self._hook = model.register_forward_pre_hook(self._pass.see, with_kwargs=True)

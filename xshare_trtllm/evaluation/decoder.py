@@ -211,7 +211,8 @@ def _attend_few(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     if mask is not None:
         by_head = scores.view(batch, kv_heads, heads // kv_heads, length, -1)
         scores = by_head.masked_fill(~mask[:, :, None], -torch.inf).view_as(scores)
-    return (scores.softmax(-1) @ values).view(batch, heads, length, size)
+    mixed: Tensor = scores.softmax(-1) @ values
+    return mixed.view(batch, heads, length, size)
 
 
 def _transposed(weight: Tensor) -> Tensor:
