@@ -40,7 +40,7 @@ LENGTH = 256  # tokens of a text for quality
 PROMPT, STEPS = 128, 40  # tokens of a prompt; verification passes after it
 BUDGETS = (16, 20, 24, 28, 32, 36, 40)
 REQUEST_BUDGETS = (12, 16, 20, 24)
-WARMUP = 1
+WARMUP = 2
 PLAIN, OWN = "plain decoding", "speculation, own routing"
 
 

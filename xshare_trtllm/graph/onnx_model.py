@@ -135,7 +135,7 @@ def _value(name: str, dtype: str, dims: list[str], shapes: dict[str, int | str])
 def _function(
     spec: RouterSpec, config: XShareConfig, names: list[str], attributes: list[onnx.AttributeProto]
 ) -> onnx.FunctionProto:
-    ops = _OnnxOps()
+    ops = OnnxOps()
     outputs = routing.route(ops, spec, config, {name: name for name in names})
     for name, made in zip(routing.OUTPUT_NAMES, outputs, strict=True):
         ops.nodes.append(helper.make_node("Identity", [made], [name]))
@@ -150,7 +150,7 @@ def _function(
     )
 
 
-class _OnnxOps:
+class OnnxOps:
     """`Ops` as ONNX nodes; a tensor is its name."""
 
     def __init__(self) -> None:

@@ -46,7 +46,7 @@ def add_routing(
             f"XShareConfig(min_coverage={config.min_coverage}): TensorRT layers have no float64 for it; "
             "use the plugin, or leave it off"
         )
-    return routing.route(_TensorRTOps(trt, network), spec, config, tensors)
+    return routing.route(TensorRTOps(trt, network), spec, config, tensors)
 
 
 def add_inputs(
@@ -84,7 +84,7 @@ def build_engine(trt: Any, builder: Any, network: Any, max_rows: int, compute_ca
     return bytes(plan)
 
 
-class _TensorRTOps:
+class TensorRTOps:
     """`Ops` as layers of a network; a tensor is an ITensor."""
 
     def __init__(self, trt: Any, network: Any) -> None:

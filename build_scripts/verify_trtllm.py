@@ -1,0 +1,315 @@
+"""One step of verify_trtllm.sh:  verify_trtllm.py STEP MODEL FOLDER
+
+Names of TensorRT-LLM are those of 1.0 to 1.2: models/*, runtime/ModelRunner*, LLM. The last line that a step
+prints is its result; an exception is its failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+EXPERTS, TOP_K, LAYERS, BATCH, NEW_TOKENS = 16, 2, 2, 8, 16
+BUDGET = BATCH  # never exceeded by the warm-up, which keeps the best expert of every row
+
+
+class Step:
+    """The folders of one model: hf, checkpoint, and an engine per kind."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self.folder = model, folder / model
+        self.hf, self.checkpoint_dir = self.folder / "hf", self.folder / "checkpoint"
+
+    # ---- A checkpoint made on the spot ----
+
+    def checkpoint(self) -> str:
+        """Random weights through transformers, converted by TensorRT-LLM's own classes."""
+        import torch
+        import transformers
+
+        shape = {
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "num_experts_per_tok": TOP_K,
+            "torch_dtype": "bfloat16",
+            "tie_word_embeddings": False,
+        }
+        if self.model == "mixtral":
+            config: Any = transformers.MixtralConfig(num_local_experts=EXPERTS, **shape)
+            hf_class, own_class = transformers.MixtralForCausalLM, "LLaMAForCausalLM"
+        else:
+            more = {
+                "num_experts": EXPERTS,
+                "moe_intermediate_size": 256,
+                "head_dim": 64,
+                "norm_topk_prob": True,
+            }
+            config = transformers.Qwen3MoeConfig(**more, **shape)
+            hf_class, own_class = transformers.Qwen3MoeForCausalLM, "QWenForCausalLM"
+        torch.manual_seed(0)
+        model = hf_class(config).to(torch.bfloat16)
+        for name, weight in model.named_parameters():
+            if "gate.weight" in name:  # logits that differ: a router of random weights is nearly indifferent
+                torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(self.hf)
+        if self._has_engines():
+            import tensorrt_llm.models as models
+
+            own = getattr(models, own_class).from_hugging_face(str(self.hf), dtype="bfloat16")
+            own.save_checkpoint(str(self.checkpoint_dir), save_config=True)
+        return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, {EXPERTS} experts"
+
+    @staticmethod
+    def _has_engines() -> bool:
+        import tensorrt_llm
+
+        return tuple(map(int, tensorrt_llm.__version__.split(".")[:2])) <= (1, 2)
+
+    # ---- Engines ----
+
+    def _build(self, kind: str, *options: str) -> Path:
+        """By the command, in this process; of kind `ids_*` with the expert ids of MoE layers as outputs."""
+        from xshare_trtllm.trtllm.build_command import main
+
+        engine = self.folder / kind
+        if kind.startswith("ids_"):
+            _mark_expert_ids()
+        sizes = ("--max_batch_size", str(BATCH), "--max_seq_len", "128", "--max_num_tokens", "512")
+        main(["--checkpoint_dir", str(self.checkpoint_dir), "--output_dir", str(engine), *sizes, *options])
+        return engine
+
+    def build_plain(self) -> str:
+        return _size(self._build("plain"))
+
+    def build_full(self) -> str:
+        return _size(self._build("full", *_budget(EXPERTS)))
+
+    def build_small(self) -> str:
+        engine = self._build("small", *_budget(BUDGET))
+        noted = json.loads((engine / "config.json").read_text())["xshare"]
+        assert noted["config"]["budget"] == BUDGET and len(noted["library_sha256"]) == 64, noted
+        return _size(engine)
+
+    def dry_run(self) -> str:
+        picture = self.folder / "network.onnx"
+        engine = self._build("dry", "--dry_run", "--visualize_network", str(picture), *_budget(BUDGET))
+        assert not (engine / "rank0.engine").exists() and "xshare" in (engine / "config.json").read_text()
+        assert b"xshare/0" in picture.read_bytes()
+        return "no engine, a picture of the network with XShare's layers"
+
+    def identical_tokens(self) -> str:
+        plain, full, small = (_generate_cpp(self.folder / kind)[0] for kind in ("plain", "full", "small"))
+        assert plain == full, f"budget = experts changed tokens: {plain} {full}"
+        assert all(len(tokens) == NEW_TOKENS for tokens in small)
+        same = sum(a == b for x, y in zip(plain, small, strict=True) for a, b in zip(x, y, strict=True))
+        return f"budget {EXPERTS}: identical; budget {BUDGET}: {same} of {BATCH * NEW_TOKENS} tokens the same"
+
+    def fewer_experts(self) -> str:
+        """Distinct experts of the last generation step, which all requests share."""
+        self._in_child("_build", "ids_plain")
+        self._in_child("_build", "ids_small", *_budget(BUDGET))
+        plain, small = (_active_experts(self.folder / kind) for kind in ("ids_plain", "ids_small"))
+        assert sum(small) < sum(plain) and max(small) <= BUDGET, (plain, small)
+        return f"experts per layer {plain} without XShare, {small} with budget {BUDGET}"
+
+    def _in_child(self, method: str, *arguments: str) -> str:
+        """What a method prints last, in a process of its own: it may leave TensorRT-LLM changed."""
+        call = [sys.executable, __file__, method, self.model, str(self.folder.parent), *arguments]
+        done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
+        return done.stdout.splitlines()[-1]
+
+    def time(self) -> str:
+        kinds = ("plain", "full", "small")
+        spent = {kind: _generate_cpp(self.folder / kind, repeats=5)[1] for kind in kinds}
+        return ", ".join(f"{kind} {1000 * seconds:.1f} ms" for kind, seconds in spent.items())
+
+    # ---- The PyTorch backend ----
+
+    def _llm(self) -> Any:
+        from tensorrt_llm import LLM
+
+        os.environ.setdefault(
+            "TLLM_WORKER_USE_SINGLE_PROCESS", "1"
+        )  # `enable` needs the model in this process
+        return LLM(str(self.hf), skip_tokenizer_init=True, max_batch_size=BATCH, max_seq_len=128)
+
+    def torch_identical_tokens(self) -> str:
+        from xshare_trtllm import XShareConfig
+        from xshare_trtllm.trtllm import enable
+
+        with self._llm() as llm:
+            plain = _generate_llm(llm)
+            with enable(llm, XShareConfig(EXPERTS)) as enabled:
+                assert len(enabled) == LAYERS
+                assert _generate_llm(llm) == plain, "budget = experts changed tokens"
+            assert _generate_llm(llm) == plain, "disabled, but not as before"
+        return f"budget {EXPERTS}: identical tokens, and after disable()"
+
+    def torch_fewer_experts(self) -> str:
+        from xshare_trtllm import XShareConfig
+        from xshare_trtllm.trtllm import XShareMoeRoutingMethod, enable
+
+        with self._llm() as llm:
+            seen: list[int] = []
+            own_apply = XShareMoeRoutingMethod.apply
+
+            def apply(method: Any, router_logits: Any, *rest: Any, **options: Any) -> Any:
+                made = own_apply(method, router_logits, *rest, **options)
+                import torch
+
+                if router_logits.shape[0] == BATCH and not torch.cuda.is_current_stream_capturing():
+                    seen.append(int(made[0].unique().numel()))
+                return made
+
+            XShareMoeRoutingMethod.apply = apply  # type: ignore[method-assign]
+            counts = []
+            for budget in (EXPERTS, BUDGET):
+                with enable(llm, XShareConfig(budget)):
+                    seen.clear()
+                    start = time.perf_counter()
+                    _generate_llm(llm)
+                    counts.append((sum(seen) / max(1, len(seen)), time.perf_counter() - start))
+        (full, full_time), (small, small_time) = counts
+        assert 0 < small < full, (small, full)
+        return (
+            f"mean experts {full:.1f} with budget {EXPERTS}, {small:.1f} with {BUDGET}; "
+            f"{1000 * full_time:.1f} ms and {1000 * small_time:.1f} ms"
+        )
+
+    def torch_options(self) -> str:
+        """The options folder does to an LLM with workers of its own what `enable` does in one process."""
+        from xshare_trtllm import XShareConfig
+        from xshare_trtllm.trtllm import write_options
+
+        written = write_options(self.folder / "xshare_options", XShareConfig(BUDGET))
+        enabled, with_options = self._in_child("_enabled_tokens"), self._in_child("_options_tokens")
+        assert enabled == with_options, f"{enabled} {with_options}"
+        return f"same tokens as enable(); for trtllm-serve: {' '.join(written)}"
+
+    def _enabled_tokens(self) -> list[list[int]]:
+        from xshare_trtllm import XShareConfig
+        from xshare_trtllm.trtllm import enable
+
+        with self._llm() as llm, enable(llm, XShareConfig(BUDGET)):
+            return _generate_llm(llm)
+
+    def _options_tokens(self) -> list[list[int]]:
+        from tensorrt_llm import LLM
+
+        sys.path.insert(0, str(self.folder))
+        import_module("xshare_options")
+        with LLM(str(self.hf), skip_tokenizer_init=True, max_batch_size=BATCH, max_seq_len=128) as llm:
+            return _generate_llm(llm)
+
+
+def _budget(budget: int) -> tuple[str, ...]:
+    return "--plugin", "xshare", "--xshare_budget", str(budget)
+
+
+def _size(engine: Path) -> str:
+    return f"{(engine / 'rank0.engine').stat().st_size / 1e6:.1f} MB"
+
+
+def _prompts() -> list[list[int]]:
+    return [
+        [(7 * request + 13 * place + 5) % 500 for place in range(4 + request)] for request in range(BATCH)
+    ]
+
+
+def _load_plugin() -> None:
+    """Before an engine is read."""
+    import ctypes
+
+    import tensorrt_llm  # noqa: F401  (brings its TensorRT)
+
+    from xshare_trtllm.engines.environment import PLUGIN, find_library
+
+    library = find_library(PLUGIN)
+    assert library is not None, "run build_scripts/build_plugin.sh"
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def _generate_cpp(engine: Path, repeats: int = 1) -> tuple[list[list[int]], float]:
+    """Greedy tokens of each prompt, and the median time of `repeats` further calls, by the C++ executor."""
+    import torch
+    from tensorrt_llm.runtime import ModelRunnerCpp
+
+    _load_plugin()
+    runner = ModelRunnerCpp.from_dir(engine_dir=str(engine), rank=0, max_output_len=NEW_TOKENS)
+    return _generate(runner, torch, repeats)
+
+
+def _generate(runner: Any, torch: Any, repeats: int) -> tuple[list[list[int]], float]:
+    inputs = [torch.tensor(prompt, dtype=torch.int32) for prompt in _prompts()]
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        output = runner.generate(inputs, max_new_tokens=NEW_TOKENS, end_id=-1, pad_id=0, top_k=1)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    tokens = [
+        output[i, 0, len(prompt) : len(prompt) + NEW_TOKENS].tolist() for i, prompt in enumerate(inputs)
+    ]
+    return tokens, median(times[1:])
+
+
+def _mark_expert_ids() -> None:
+    """Makes the expert ids of every MoE layer an output of the engine."""
+    from tensorrt_llm.layers.moe import MixtureOfExperts
+
+    own, made = MixtureOfExperts.forward_experts, []
+
+    def forward_experts(moe: Any, hidden_states: Any, token_selected_experts: Any, *rest: Any) -> Any:
+        token_selected_experts.mark_output(f"expert_ids_{len(made)}", token_selected_experts.dtype)
+        made.append(token_selected_experts)
+        return own(moe, hidden_states, token_selected_experts, *rest)
+
+    MixtureOfExperts.forward_experts = forward_experts
+
+
+def _active_experts(engine: Path) -> list[int]:
+    """Per layer, in the last generation step, from what TensorRT-LLM's Python session dumps in debug mode."""
+    import numpy as np
+    import torch
+    from tensorrt_llm.runtime import ModelRunner
+
+    _load_plugin()
+    os.chdir(engine)  # tllm_debug/ goes to the current folder
+    _generate(ModelRunner.from_dir(engine_dir=str(engine), rank=0, debug_mode=True), torch, 0)
+    counts = []
+    for layer in range(LAYERS):
+        dumped = sorted(
+            Path("tllm_debug").rglob(f"expert_ids_{layer}*.npy"), key=lambda path: path.stat().st_mtime
+        )
+        counts.append(len(np.unique(np.load(dumped[-1]))))
+    return counts
+
+
+def _generate_llm(llm: Any) -> list[list[int]]:
+    from tensorrt_llm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, end_id=-1, pad_id=0, detokenize=False, top_k=1)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in _prompts()], sampling)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main(name: str, model: str, folder: str, *arguments: str) -> None:
+    step: Callable[..., Any] = getattr(Step(model, Path(folder)), name)
+    print(step(*arguments))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

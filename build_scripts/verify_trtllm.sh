@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Verifies XShare in TensorRT-LLM on a machine with a GPU, on small random-weight Mixtral and Qwen3-MoE
+# checkpoints that it makes itself: part `engine` (trtllm-build --plugin xshare, TensorRT-LLM 1.0 to 1.2) and part
+# `pytorch` (xshare_trtllm.trtllm.enable and the options folder, 1.0 on).
+#
+#     build_scripts/verify_trtllm.sh [engine|pytorch|all] [FOLDER]     (default: all, build/verify_trtllm)
+#     build_scripts/verify_trtllm.sh --list                            the steps, without running any
+#
+# Needs tensorrt_llm, transformers and xshare_trtllm in PYTHON (default: python3), and the libraries that
+# build_scripts/build_plugin.sh makes. One line PASS or FAIL per step; the exit status is the number of failed
+# steps. A step's output is in FOLDER/<step>.log.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python3}
+models=(mixtral qwen3_moe)
+engine_steps=(checkpoint build_plain build_full build_small dry_run identical_tokens fewer_experts time)
+pytorch_steps=(torch_identical_tokens torch_fewer_experts torch_options)
+seconds=${XSHARE_VERIFY_SECONDS:-900} # a step at most
+
+stop() {
+    echo "verify_trtllm.sh: $*" >&2
+    exit 2
+}
+
+list() {
+    local step
+    for step in "${engine_steps[@]}"; do echo "engine $step"; done
+    for step in checkpoint "${pytorch_steps[@]}"; do echo "pytorch $step"; done
+}
+
+failed=0
+# step MODEL NAME: in a process of its own, since a failed engine can end the process.
+step() {
+    local log=$folder/$1.$2.log
+    if timeout -k 10 "$seconds" "$python" "$here/verify_trtllm.py" "$2" "$1" "$folder" >"$log" 2>&1; then
+        echo "PASS $1 $2: $(tail -n 1 "$log")"
+    else
+        echo "FAIL $1 $2: status $?, see $log"
+        failed=$((failed + 1))
+    fi
+}
+
+part_engine() {
+    local model name
+    for model in "${models[@]}"; do
+        for name in "${engine_steps[@]}"; do step "$model" "$name"; done
+    done
+}
+
+part_pytorch() {
+    local model name
+    for model in "${models[@]}"; do
+        for name in checkpoint "${pytorch_steps[@]}"; do step "$model" "$name"; done
+    done
+}
+
+if [[ ${1:-} == --list ]]; then
+    list
+    exit 0
+fi
+part=${1:-all}
+[[ $part == engine || $part == pytorch || $part == all ]] || stop "unknown part '$part': give engine, pytorch or all"
+folder=${2:-build/verify_trtllm}
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || stop "cannot write to $folder"
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || stop "needs a GPU and torch in $python"
+for module in tensorrt_llm transformers xshare_trtllm; do
+    "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" ||
+        stop "needs $module in $python"
+done
+cd "$folder" || stop "cannot enter $folder"
+[[ $part == pytorch ]] || part_engine
+[[ $part == engine ]] || part_pytorch
+echo "$failed steps failed; logs and engines in $folder"
+exit "$failed"

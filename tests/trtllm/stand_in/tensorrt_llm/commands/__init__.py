@@ -1,0 +1,1 @@
+"""tensorrt_llm/commands of 1.x."""

@@ -1,0 +1,1 @@
+"""tensorrt_llm/layers of 1.x."""

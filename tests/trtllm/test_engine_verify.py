@@ -1,0 +1,48 @@
+"""The script that a user with a GPU runs: what of it can be tried without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "build_scripts"
+SCRIPT = SCRIPTS / "verify_trtllm.sh"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_every_step_exists() -> None:
+    assert subprocess.run(["bash", "-n", SCRIPT], check=True).returncode == 0
+    listed = run("--list")
+    steps = [line.split() for line in listed.stdout.splitlines()]
+    assert listed.returncode == 0 and {part for part, _ in steps} == {"engine", "pytorch"}
+    spec = importlib.util.spec_from_file_location("verify_trtllm", SCRIPTS / "verify_trtllm.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    methods = {name for name in vars(module.Step) if not name.startswith("_")}
+    assert methods == {step for _, step in steps}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    ((("both",), "unknown part 'both': give engine, pytorch or all"), (("engine",), "needs a GPU and torch")),
+)
+def test_refused(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = run(*arguments, str(tmp_path / "out"), PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and said in done.stderr
+    assert not list(tmp_path.glob("out/*"))
