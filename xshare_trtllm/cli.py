@@ -18,7 +18,12 @@ _CONFIG = "YAML file with the budget and its options, instead of those below."
 
 
 # Commands with a home of their own, imported when asked for: `name: (module, attribute)`.
-_ELSEWHERE: dict[str, tuple[str, str]] = {}
+_ELSEWHERE: dict[str, tuple[str, str]] = {
+    "build": ("engines.command", "build"),
+    "doctor": ("doctor", "doctor"),
+    "predict": ("predict", "predict"),
+    "triton": ("serving.command", "triton"),
+}
 
 
 class _Commands(click.Group):

@@ -1,0 +1,146 @@
+"""`xshare predict`: what XShare would gain for a model on a GPU, by the cost model of `evaluation.cost`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from xshare_trtllm.evaluation.cost import Prediction, Predictor
+    from xshare_trtllm.evaluation.shapes import ModelShape
+
+
+@click.command()
+@click.option("--model", required=True, help="A known model (gpt-oss-120b, ...) or a config.json.")
+@click.option("--gpu", required=True, help="h100, h200 or a100.")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1, 4096),
+    multiple=True,
+    default=(4, 8, 16, 32, 64),
+    show_default=True,
+    help="Rows of a decode step; may be repeated.",
+)
+@click.option(
+    "--budget", type=click.IntRange(1), help="Experts per layer [30 % below what the largest batch picks]."
+)
+@click.option(
+    "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Experts that each row keeps."
+)
+@click.option(
+    "--context", type=click.IntRange(1), default=1024, show_default=True, help="Cached tokens per row."
+)
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, help="GPUs that split every matrix.")
+@click.option("--expert-parallel", type=click.IntRange(1), default=1, help="GPUs that share the experts.")
+def predict(
+    model: str,
+    gpu: str,
+    batches: tuple[int, ...],
+    budget: int | None,
+    warmup: int,
+    context: int,
+    tensor_parallel: int,
+    expert_parallel: int,
+) -> None:
+    """Predict the gain of a budget from the model's shape and the GPU's data sheet.
+
+    A calculation, not a measurement: its error against the public figures is printed below the table. With
+    --expert-parallel the budget is spread evenly over the GPUs.
+    """
+    from xshare_trtllm.evaluation.cost import GPUS, Parallel, Predictor
+    from xshare_trtllm.report import console
+
+    try:
+        if gpu.lower() not in GPUS:
+            raise ValueError(f"gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
+        parallel = Parallel(tensor_parallel, expert_parallel)
+        predictor = Predictor(_shape(model), GPUS[gpu.lower()], context, parallel)
+        if budget is None:
+            budget = predictor.default_budget(max(batches))
+        predictions = [predictor.at(batch, budget, warmup) for batch in sorted(set(batches))]
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    out = console()
+    out.print(_table(predictor, predictions, budget))
+    for line in (*_memory(predictor), _break_even(predictor, budget, warmup), _error()):
+        out.print(line)
+
+
+def _shape(model: str) -> ModelShape:
+    from xshare_trtllm.evaluation.shapes import ModelShape, shape
+
+    if not model.endswith(".json"):
+        return shape(model)
+    return ModelShape.from_hf_config(json.loads(Path(model).read_text(encoding="utf-8")))
+
+
+def _table(predictor: Predictor, predictions: list[Prediction], budget: int) -> Table:
+    from rich.table import Table
+
+    router = predictor.shape.router
+    per_gpu = predictor.parallel.expert > 1
+    gpus = max(predictor.parallel.tensor, predictor.parallel.expert)
+    table = Table(
+        title=f"{predictor.shape.name} on {gpus} x {predictor.gpu.name}: budget {budget} of "
+        f"{router.num_experts} experts, {predictor.context} tokens of context",
+        caption="times in ms per decode step, own routing > XShare; gain at most: an engine without overhead",
+    )
+    experts = "peak experts\nper GPU" if per_gpu else "active experts\nper layer"
+    columns = ("batch", experts, "affinity\nkept", "experts", "weights", "KV\ncache", "exchange")
+    for name in (*columns, "XShare's\nrouting", "over-\nhead", "step", "gain", "gain\nat most"):
+        table.add_column(name, justify="right")
+    for p in predictions:
+        before, after = p.before, p.after
+        table.add_row(
+            str(p.batch),
+            f"{p.own.peak_experts:.1f} > {p.shared.peak_experts:.1f}",
+            f"{p.shared.kept_choice:.0%}",
+            f"{1e3 * before.experts:.2f} > {1e3 * after.experts:.2f}",
+            *(f"{1e3 * part:.2f}" for part in (before.weights, before.kv_cache, before.exchange)),
+            f"{1e3 * after.routing:.2f}",
+            f"{1e3 * before.overhead:.2f}",
+            f"{1e3 * before.total:.2f} > {1e3 * after.total:.2f}",
+            f"{p.gain:+.1%}",
+            f"{p.gain_without_overhead:+.1%}",
+        )
+    return table
+
+
+def _memory(predictor: Predictor) -> tuple[str, ...]:
+    gpus = max(predictor.parallel.tensor, predictor.parallel.expert)
+    needed, there = predictor.weight_bytes / 1e9, gpus * predictor.gpu.memory / 1e9
+    if needed < there:
+        return ()
+    return (f"The weights take {needed:.0f} GB, the memory is {there:.0f} GB: more GPUs are needed.",)
+
+
+def _break_even(predictor: Predictor, budget: int, warmup: int) -> str:
+    from xshare_trtllm.evaluation.cost import BATCHES
+
+    span = predictor.break_even(budget, warmup)
+    if span is None:
+        return f"Break-even: none from batch 1 to {BATCHES[-1]}; leave XShare off."
+    lower, upper = span
+    if upper is None:
+        return f"Break-even: gains from batch {lower} on, and still at {BATCHES[-1]}; below, leave it off."
+    return f"Break-even: gains from batch {lower} to {upper}; max_rows={upper}; below {lower}, leave it off."
+
+
+def _error() -> str:
+    from xshare_trtllm.evaluation.cost import validate
+
+    pairs = [(published.gain, prediction.gain) for published, prediction in validate()]
+    errors = [abs(theirs - ours) for theirs, ours in pairs]
+    listed = ", ".join(f"{theirs:+.0%} ({ours:+.0%})" for theirs, ours in pairs)
+    return (
+        f"Known error: {100 * sum(errors) / len(errors):.0f} points on average, {100 * max(errors):.0f} at "
+        f"worst, on the public gains of gpt-oss-120b on one H200 at batch 4, 8, 16, 32, and predicted in "
+        f"brackets: {listed}. "
+        "Active experts are those of routers fitted to the shipped model; affinity kept is no accuracy."
+    )
