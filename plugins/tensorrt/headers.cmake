@@ -2,6 +2,7 @@
 # Sets XSHARE_TENSORRT_INCLUDE to the folder of NvInfer.h and says where it came from. In order: TENSORRT_ROOT (a CMake or
 # an environment variable), the usual system places, and the PyPI package kernel-lens (2.0.1), which carries NVIDIA's
 # headers of TensorRT 10.14:  pip install --no-deps kernel-lens==2.0.1
+unset(XSHARE_TENSORRT_INCLUDE CACHE) # a second configuration looks again, and says again where it found them
 set(XSHARE_TENSORRT_ROOTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT})
 find_path(XSHARE_TENSORRT_INCLUDE NvInferRuntime.h PATHS ${XSHARE_TENSORRT_ROOTS}
           PATH_SUFFIXES include include/${CMAKE_LIBRARY_ARCHITECTURE} NO_DEFAULT_PATH)

@@ -10,6 +10,7 @@
 #include "tensorrt/routing_creator.h"
 #include "tensorrt/routing_plugin.h"
 #include "tensorrt/runtime.h"
+#include "xshare/xshare.h"
 
 #define XSHARE_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -56,6 +57,15 @@ XSHARE_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& num
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&xshare::tensorrt::creator()};
     num_creators = 1;
     return creators;
+}
+
+// What the library was built from: its version and the TensorRT headers.
+XSHARE_EXPORT const char* xshare_plugin_build() {
+#define XSHARE_TEXT_OF(number) #number
+#define XSHARE_DOTTED(a, b, c) XSHARE_TEXT_OF(a) "." XSHARE_TEXT_OF(b) "." XSHARE_TEXT_OF(c)
+#define XSHARE_OWN XSHARE_DOTTED(XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH)
+#define XSHARE_HEADERS XSHARE_DOTTED(NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH)
+    return XSHARE_OWN ", TensorRT " XSHARE_HEADERS " headers";
 }
 
 XSHARE_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import plugin_build
 import pytest
+
+from xshare_trtllm import __version__
 
 HERE = Path(__file__).resolve().parent
 REGISTRY_CHECKS = (
@@ -87,6 +90,19 @@ def test_headers_are_looked_for_in_order(built: plugin_build.Built, tmp_path: Pa
     assert done.returncode != 0 and "TensorRT 10 or newer is needed" in done.stderr
 
 
+def test_says_what_it_was_built_from(built: plugin_build.Built) -> None:
+    version_lines = (built.headers / "NvInferVersion.h").read_text()
+    script = (
+        "import ctypes, sys; build = ctypes.CDLL(sys.argv[1]).xshare_plugin_build; "
+        "build.restype = ctypes.c_char_p; print(build().decode())"
+    )
+    said = output(sys.executable, "-c", script, str(built.library)).strip()
+    found = re.fullmatch(re.escape(__version__) + r", TensorRT (\d+)\.(\d+)\.(\d+) headers", said)
+    assert found, said
+    for part in found.groups():
+        assert re.search(rf"#define \w+(MAJOR|MINOR|PATCH)\w* {part}\b", version_lines)
+
+
 def test_without_tensorrt(built: plugin_build.Built) -> None:
     done = run_check("without_tensorrt", built, built.library)
     assert "XShareRouting: createPlugin('layer'): top_k must be in 1..16, not 99" in done.stderr
@@ -128,7 +144,7 @@ def test_preloading_without_tensorrt_is_silent(built: plugin_build.Built) -> Non
 
 
 def test_dependencies_and_symbols(built: plugin_build.Built) -> None:
-    """It needs the C library alone and exports the two functions that TensorRT looks for."""
+    """It needs the C library alone; it exports what TensorRT looks for, and what it was built from."""
     if shutil.which("readelf") is None or shutil.which("nm") is None:
         pytest.skip("needs readelf and nm (binutils)")
     dynamic = subprocess.run(
@@ -138,7 +154,8 @@ def test_dependencies_and_symbols(built: plugin_build.Built) -> None:
     system = ("libc.", "libm.", "libdl.", "libpthread.", "librt.", "libgcc_s.", "libstdc++.", "ld-linux")
     assert all(name.startswith(system) for name in needed), needed
     symbols = output("nm", "-D", "--defined-only", str(built.library))
-    assert {line.split()[2] for line in symbols.splitlines()} == {"getCreators", "setLoggerFinder"}
+    exported = {line.split()[2] for line in symbols.splitlines()}
+    assert exported == {"getCreators", "setLoggerFinder", "xshare_plugin_build"}
 
 
 def test_engine_with_the_plugin(built: plugin_build.Built, tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# From nothing to something that runs, in one command.
+#
+#     build_scripts/quickstart.sh
+#
+# Without a GPU: sets up .venv and runs the demo on the CPU (make demo). With one: sets up .venv, builds the plugin for
+# it, says what would run (xshare doctor), and prints the next command. PYTHON names the Python to start from.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 || true)
+case $capability in
+    9.0) architecture=sm_90a recipe=engines/gpt-oss-20b.sm_90.yaml ;;
+    8.*) architecture=sm_80 recipe=engines/Qwen3-30B-A3B.sm_80.yaml ;;
+    "")
+        echo "== no GPU here: the demo on the CPU"
+        exec make demo
+        ;;
+    *)
+        echo "== no kernels for compute capability $capability (they are for 8.x and 9.0): the demo on the CPU"
+        exec make demo
+        ;;
+esac
+
+echo "== a GPU of compute capability $capability: the plugin for $architecture"
+make .venv/ready
+export PATH=$PWD/.venv/bin:$PATH # cmake and ninja are there
+PYTHON=python build_scripts/build_plugin.sh "$architecture"
+xshare doctor
+echo "== next, where TensorRT-LLM is installed: build_scripts/build_engine.sh $recipe"

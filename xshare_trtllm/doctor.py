@@ -1,0 +1,255 @@
+"""`xshare doctor`: what is installed, what would run with it, and the command that mends what would not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xshare_trtllm.engines import environment
+
+PACKAGES = (
+    *("torch", "transformers", "onnx", "tensorrt-llm", "tensorrt", "cuda-python"),
+    *("nvidia-pytriton", "tritonclient"),
+)
+ENGINE_PATH = "TensorRT-LLM 1.0 to 1.2"
+_TRTLLM = "pip install tensorrt-llm==1.2.1, or run in NVIDIA's container tensorrt-llm/release:1.2.1"
+_PLUGIN = "build_scripts/build_plugin.sh"
+_INSTALL = {
+    "torch": "pip install torch",
+    "transformers": "pip install 'xshare-trtllm[demo]'",
+    "onnx": "pip install 'xshare-trtllm[onnx]'",
+    "tensorrt-llm": _TRTLLM,
+    "tensorrt": _TRTLLM,
+    "cuda-python": "pip install cuda-python",
+    "nvidia-pytriton": "pip install nvidia-pytriton==0.7.0, or run in NVIDIA's container tritonserver",
+    "tritonclient": "pip install 'tritonclient[grpc]'",
+}
+_BUILD = {
+    environment.HOST: "pip install -e . (needs a C++17 compiler)",
+    environment.CUDA: _PLUGIN,
+    environment.PLUGIN: _PLUGIN,
+}
+_PROBE_SECONDS = 20.0
+# Loads one library in a process of its own: a library that crashes takes only that process with it.
+_PROBE = """
+import ctypes, json, sys
+library = ctypes.CDLL(sys.argv[1])
+def text(name):
+    function = getattr(library, name, None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_char_p
+    return function().decode()
+has = lambda name: hasattr(library, name)
+print(json.dumps({
+    "version": text("xshare_version"), "build": text("xshare_plugin_build"),
+    "device": has("xshare_route_cuda"), "plugin": has("getCreators"), "host": has("xshare_route_cpu"),
+}))
+"""
+_SYMBOLS = {environment.HOST: "host", environment.CUDA: "device", environment.PLUGIN: "plugin"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. mend: the command that helps, where it is not ok."""
+
+    group: str
+    name: str
+    ok: bool
+    found: str
+    mend: str = ""
+
+
+def examine() -> list[Check]:
+    """Everything, in under three seconds on a machine that is well."""
+    probes = _start_probes()
+    packages = _packages()
+    gpus = _gpus()
+    libraries = [_library(name, *probe) for name, probe in probes.items()]
+    return [*packages, *libraries, _trtllm_build(), *gpus, *_paths([*packages, *libraries, *gpus])]
+
+
+# ---- What is there ----------------------------------------------------------------------------------------
+
+
+def _packages() -> list[Check]:
+    return [_package(name, number) for name, number in environment.versions(PACKAGES).items()]
+
+
+def _package(name: str, number: str | None) -> Check:
+    if number is None:
+        return Check("package", name, False, "not installed", _INSTALL[name])
+    return Check("package", name, True, number)
+
+
+def _start_probes() -> dict[str, tuple[Path | None, subprocess.Popen[str] | None]]:
+    probes: dict[str, tuple[Path | None, subprocess.Popen[str] | None]] = {}
+    for name in _SYMBOLS:
+        path = environment.find_library(name)
+        process = None
+        if path is not None and path.is_file():
+            command = [sys.executable, "-I", "-S", "-c", _PROBE, str(path.resolve())]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        probes[name] = path, process
+    return probes
+
+
+def _library(name: str, path: Path | None, process: subprocess.Popen[str] | None) -> Check:
+    mend = _BUILD[name]
+    if path is None or process is None:
+        return Check("library", name, False, f"no file {path}" if path else "not built", mend)
+    path = Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
+    try:
+        output, errors = process.communicate(timeout=_PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return Check("library", name, False, f"{path}: does not load within {_PROBE_SECONDS:.0f} s", mend)
+    if process.returncode != 0:
+        reason = errors.strip().splitlines()[-1] if errors.strip() else f"exit code {process.returncode}"
+        return Check("library", name, False, f"{path}: does not load: {reason}", mend)
+    facts = json.loads(output)
+    if not facts[_SYMBOLS[name]]:
+        return Check("library", name, False, f"{path}: loads, but is another library", mend)
+    known = facts["build"] or facts["version"]
+    if name == environment.PLUGIN and not facts["build"]:
+        known = "does not say with which TensorRT headers it was built"
+    return Check("library", name, True, f"{path}: {known}")
+
+
+def _trtllm_build() -> Check:
+    from xshare_trtllm.trtllm.build_command import find_build_command
+
+    path, is_ours = find_build_command()
+    if path is None:
+        return Check("command", "trtllm-build", False, "not on PATH", _TRTLLM)
+    if not is_ours:
+        mend = f"python -m {environment.BUILD_MODULE} --xshare_install"
+        found = f"{path}: TensorRT-LLM's own, without --plugin xshare"
+        return Check("command", "trtllm-build", False, found, mend)
+    return Check("command", "trtllm-build", True, f"{path}: knows --plugin xshare")
+
+
+def _gpus() -> list[Check]:
+    """One line per GPU, as nvidia-smi sees them."""
+    driver = "install NVIDIA's driver; in a container: docker run --gpus all"
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return [Check("GPU", "GPU", False, "no nvidia-smi, so no driver", driver)]
+    query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run([command, *query], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [Check("GPU", "GPU", False, f"nvidia-smi: {error}", driver)]
+    lines = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 3]
+    if done.returncode != 0 or not lines:
+        return [Check("GPU", "GPU", False, f"nvidia-smi: {(done.stdout + done.stderr).strip()}", driver)]
+    return [_gpu(number, *line) for number, line in enumerate(lines)]
+
+
+def _gpu(number: int, name: str, capability: str, driver: str, memory: str) -> Check:
+    found = f"{name}, compute capability {capability}, {memory}, driver {driver}"
+    is_new_enough = _numbers(capability) >= (8,)
+    mend = "" if is_new_enough else "XShare's kernels need compute capability 8.0 or newer: another GPU"
+    return Check("GPU", f"GPU {number}", is_new_enough, found, mend)
+
+
+# ---- What would run ---------------------------------------------------------------------------------------
+
+
+def _paths(checks: list[Check]) -> list[Check]:
+    by_name = {check.name: check for check in checks}
+    gpu = next((check for check in checks if check.group == "GPU" and check.ok), None)
+    gpu = gpu or next(check for check in checks if check.group == "GPU")
+    torch, trtllm = by_name["torch"], by_name["tensorrt-llm"]
+    engine = [_engine_version(trtllm), by_name[environment.PLUGIN], gpu]
+    backend = [trtllm, by_name[environment.CUDA], gpu]
+    return [
+        _path("xshare demo, route() on the host", [torch, by_name["transformers"]], _host(by_name)),
+        _path("xshare export --onnx", [torch, by_name["onnx"]], "exports"),
+        _path("trtllm-build --plugin xshare", engine, f"{ENGINE_PATH}, one GPU of 8.0 or newer"),
+        _path("trtllm-serve with XShare", backend, "PyTorch backend"),
+    ]
+
+
+def _host(by_name: dict[str, Check]) -> str:
+    return "native library" if by_name[environment.HOST].ok else "reference only, 20 to 50 times slower"
+
+
+def _engine_version(trtllm: Check) -> Check:
+    """TensorRT-LLM as the engine path needs it: an engine builder went with 1.3."""
+    if trtllm.ok and not (1, 0) <= _numbers(trtllm.found)[:2] <= (1, 2):
+        return Check("", trtllm.name, False, f"{trtllm.found}, needs {ENGINE_PATH}", _TRTLLM)
+    return trtllm
+
+
+def _path(name: str, needs: list[Check], with_what: str) -> Check:
+    lacking = [need for need in needs if not need.ok]
+    if not lacking:
+        return Check("path", name, True, with_what)
+    reasons = "; ".join(f"{need.name}: {need.found}" for need in lacking)
+    return Check("path", name, False, reasons, lacking[0].mend)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(1, 2) of 1.2.1rc3: what of it are whole numbers."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+# ---- Report -----------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what is installed, what would run, and how to mend what would not.
+
+    The exit code is 0 if one of the paths would run.
+    """
+    checks = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        _print(checks)
+    ctx.exit(0 if any(check.ok for check in checks if check.group == "path") else 1)
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from xshare_trtllm.report import console
+
+    table = Table(title="xshare doctor", title_justify="left")
+    columns: list[tuple[str, dict[str, Any]]] = [
+        ("", {}),
+        ("what", {"no_wrap": True}),
+        ("ok", {}),
+        ("found", {"overflow": "fold"}),
+        ("mend it with", {"overflow": "fold"}),
+    ]
+    for title, options in columns:
+        table.add_column(title, **options)
+    group = ""
+    for check in checks:
+        if check.group != group:
+            table.add_section()
+        mark = "[green]yes[/green]" if check.ok else "[red]no[/red]"
+        shown_group = check.group if check.group != group else ""
+        table.add_row(shown_group, escape(check.name), mark, escape(check.found), escape(check.mend))
+        group = check.group
+    console().print(table)

@@ -1,0 +1,1 @@
+"""Recipes (engines/*.yaml): which model runs how on which GPU; and `xshare build`, which carries them out."""
