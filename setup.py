@@ -1,11 +1,13 @@
 """Builds plugins/ into xshare_trtllm/lib/libxshare.so with CMake. Everything else is in pyproject.toml.
 
 The library is no Python extension (it is called through ctypes): one wheel serves every Python of a platform.
-Without a compiler the package installs all the same and routes with its reference.
+Without a compiler the package installs all the same and routes with its reference. XSHARE_CUDA=1 asks for
+libxshare_cuda.so as well, which needs nvcc.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +18,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+WITH_CUDA = os.environ.get("XSHARE_CUDA", "") not in ("", "0")
+CUDA_LIBRARY = "libxshare_cuda.so"
 
 
 class BuildLibrary(build_ext):
@@ -27,7 +31,8 @@ class BuildLibrary(build_ext):
         build = Path(self.build_temp).resolve() / "libxshare"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         try:
-            subprocess.run(["cmake", "-S", str(ROOT / "plugins"), "-B", str(build), *generator], check=True)
+            options = [*generator, f"-DXSHARE_CUDA={'ON' if WITH_CUDA else 'OFF'}"]
+            subprocess.run(["cmake", "-S", str(ROOT / "plugins"), "-B", str(build), *options], check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(
@@ -35,10 +40,19 @@ class BuildLibrary(build_ext):
             ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(build / target.name, target)
+        if not WITH_CUDA:
+            return
+        if not (build / CUDA_LIBRARY).exists():
+            raise CompileError(f"XSHARE_CUDA is set, but {CUDA_LIBRARY} was not built: is there an nvcc?")
+        shutil.copyfile(build / CUDA_LIBRARY, target.with_name(CUDA_LIBRARY))
 
     def copy_extensions_to_source(self) -> None:
-        (ROOT / "xshare_trtllm" / "lib").mkdir(exist_ok=True)  # an editable install runs from the source tree
+        source = ROOT / "xshare_trtllm" / "lib"
+        source.mkdir(exist_ok=True)  # an editable install runs from the source tree
         super().copy_extensions_to_source()
+        built = Path(self.build_lib, "xshare_trtllm", "lib", CUDA_LIBRARY)
+        if WITH_CUDA and built.exists():
+            shutil.copyfile(built, source / CUDA_LIBRARY)
 
 
 class PlatformWheel(bdist_wheel):

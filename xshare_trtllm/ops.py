@@ -1,12 +1,17 @@
-"""`torch.ops.xshare.route` and `torch.ops.xshare.mask_logits`: the native library behind torch's dispatcher.
+"""`torch.ops.xshare.route` and `torch.ops.xshare.mask_logits`: the native libraries behind torch's dispatch.
 
-The library is a plain C ABI (plugins/include/xshare/xshare.h), called through `ctypes` with the tensors'
-addresses, so that one build serves every torch version. It is loaded at the first use, never at import.
+The libraries are a plain C ABI (plugins/include/xshare/), called through `ctypes` with the tensors'
+addresses, so that one build serves every torch version: libxshare.so for tensors on the host,
+libxshare_cuda.so for those on a CUDA device. Each is loaded at its first use, never at import.
+
+On a CUDA device a call is enqueued on torch's current stream, with outputs and workspace from torch's caching
+allocator and without host synchronisation: it can be captured in a CUDA graph, after one call before.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import warnings
 from functools import cache, lru_cache
@@ -19,11 +24,14 @@ from torch import Tensor
 from xshare_trtllm.config import SCORINGS, RouterSpec, XShareConfig
 
 LIBRARY = Path(__file__).parent / "lib" / "libxshare.so"
+CUDA_LIBRARY = Path(os.environ.get("XSHARE_CUDA_LIBRARY", LIBRARY.with_name("libxshare_cuda.so")))
+HOW_TO_BUILD_CUDA = "is not built: run `XSHARE_CUDA=1 pip install .` where nvcc is"
 NUM_STATS = 8
 
 _SCORING_CODES = {name: code for code, name in enumerate(SCORINGS)}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
+_CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
 
 _PARAMS = struct.Struct("@I6if6id")  # xshare_route_params
 _TENSORS = struct.Struct("@I10P")  # xshare_route_tensors
@@ -45,6 +53,11 @@ Settings = tuple[int, str, int, int, float, int, int, int, int, int, float]
 def available() -> bool:
     """True where libxshare.so is built and loads. Says once, as a warning, when it is not."""
     return _load() is not None
+
+
+def cuda_available() -> bool:
+    """True where libxshare_cuda.so is built and loads. It loads without a GPU; a call there then fails."""
+    return _load_cuda() is not None
 
 
 def version() -> str:
@@ -84,13 +97,15 @@ def route(
     exempt: Tensor | None = None,
     expert_gpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All stages of XShare on the host, in native code.
+    """All stages of XShare in native code, where `router_logits` is: on the host or on a CUDA device.
 
     router_logits [T, E] fp32, bf16 or fp16; correction_bias [E] float; request_ids [T] int, -1 = padding;
     exempt [T] bool; expert_gpu [E] int. Returns expert_ids int32 [T, k], expert_weights fp32 [T, k],
     active_experts bool [E] and stats int64 [8] (`xshare_stat` in xshare.h).
 
-    Raises ValueError for values that do not fit together, RuntimeError where the library is not built.
+    Raises ValueError for values that do not fit together, RuntimeError where the library is not built or a
+    CUDA call fails. What device tensors hold is not checked (xshare_cuda.h says what is made of it); int64
+    request ids on a device are taken modulo 2^31 - 1.
     """
     tensors = (router_logits, correction_bias, request_ids, exempt, expert_gpu)
     if torch.compiler.is_compiling():
@@ -169,9 +184,11 @@ def _packed_experts_params(*shape: int) -> tuple[bytes, int]:
     return params, needed.value
 
 
-def _raise_unless_ok(status: int) -> None:
-    if status != 0:
-        raise ValueError(_library().xshare_last_error().decode())
+def _raise_unless_ok(status: int, library: ctypes.CDLL | None = None) -> None:
+    if status == 0:
+        return
+    message = (library or _library()).xshare_last_error().decode()
+    raise RuntimeError(message) if status == _CUDA_ERROR else ValueError(message)
 
 
 def _needs_dispatcher(router_logits: Tensor) -> bool:
@@ -223,6 +240,28 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@cache
+def _load_cuda() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(CUDA_LIBRARY))
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        library.xshare_route_cuda.argtypes = [pointer, pointer, pointer, size, pointer]
+        library.xshare_route_cuda.restype = ctypes.c_int
+        library.xshare_cuda_workspace_size.argtypes = [pointer, pointer]
+        library.xshare_cuda_workspace_size.restype = ctypes.c_int
+        library.xshare_last_error.restype = ctypes.c_char_p
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def _cuda_library() -> ctypes.CDLL:
+    library = _load_cuda()
+    if library is None:
+        raise RuntimeError(f"{CUDA_LIBRARY.name} {HOW_TO_BUILD_CUDA}")
+    return library
+
+
 _settings_of: dict[tuple[int, int], tuple[Settings, RouterSpec, XShareConfig]] = {}
 
 
@@ -268,9 +307,21 @@ def _request_ids(request_ids: Tensor) -> Tensor:
     return _as_int32(request_ids)
 
 
+def _request_ids_on_device(request_ids: Tensor) -> Tensor:
+    """As `_request_ids`, without waiting for the device: ids that counted up stay distinct."""
+    if request_ids.dtype is torch.int64:
+        request_ids = torch.where(request_ids < 0, request_ids, request_ids % _INT32_MAX)
+    return _as_int32(request_ids)
+
+
 def _check_shape(name: str, tensor: Tensor, length: int) -> None:
     if tensor.shape != (length,):
         raise ValueError(f"{name}: shape must be [{length}], got {list(tensor.shape)}")
+
+
+def _check_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    if tensor is not None and tensor.device != device:
+        raise ValueError(f"{name}: must be on {device} as router_logits is, not on {tensor.device}")
 
 
 def pack_params(num_tokens: int, num_experts: int, dtype: torch.dtype, values: Settings) -> bytes:
@@ -297,6 +348,7 @@ def _call(
     expert_gpu: Tensor | None,
     values: Settings,
     outputs: tuple[int, int, int, int, int],
+    device: torch.device | None = None,
 ) -> None:
     num_tokens, num_experts = router_logits.shape
     params = _packed_params(num_tokens, num_experts, router_logits.dtype, values)
@@ -323,18 +375,60 @@ def _call(
         _address(gpus),
         *outputs,
     )
-    _raise_unless_ok(_library().xshare_route_cpu(params, tensors, None, 0))
+    if device is None:
+        _raise_unless_ok(_library().xshare_route_cpu(params, tensors, None, 0))
+    else:
+        _enqueue(params, tensors, device)
+
+
+def _call_on_device(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    values: Settings,
+    outputs: tuple[int, int, int, int, int],
+) -> None:
+    device = router_logits.device
+    _check_device("correction_bias", correction_bias, device)
+    _check_device("request_ids", request_ids, device)
+    _check_device("exempt", exempt, device)
+    _check_device("expert_gpu", expert_gpu, device)
+    if request_ids is not None:
+        request_ids = _request_ids_on_device(request_ids)
+    _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs, device)
+
+
+def _enqueue(params: bytes, tensors: bytes, device: torch.device) -> None:
+    """On torch's current stream. What the call reads may be freed at once: torch's allocator hands memory on
+    in the order of that stream."""
+    library, size = _cuda_library(), _cuda_workspace_size(params)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        status = library.xshare_route_cuda(params, tensors, _address(workspace), size, stream)
+    _raise_unless_ok(status, library)
+
+
+@lru_cache(maxsize=1024)
+def _cuda_workspace_size(params: bytes) -> int:
+    library, needed = _cuda_library(), ctypes.c_size_t()
+    _raise_unless_ok(library.xshare_cuda_workspace_size(params, ctypes.byref(needed)), library)
+    return needed.value
 
 
 # ---- The operators ----------------------------------------------------------------------------------------
 
 
-def _empty_outputs(num_tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(
+    num_tokens: int, num_experts: int, top_k: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        torch.empty(num_tokens, top_k, dtype=torch.int32),
-        torch.empty(num_tokens, top_k, dtype=torch.float32),
-        torch.empty(num_experts, dtype=torch.bool),
-        torch.empty(NUM_STATS, dtype=torch.int64),
+        torch.empty(num_tokens, top_k, dtype=torch.int32, device=device),
+        torch.empty(num_tokens, top_k, dtype=torch.float32, device=device),
+        torch.empty(num_experts, dtype=torch.bool, device=device),
+        torch.empty(NUM_STATS, dtype=torch.int64, device=device),
     )
 
 
@@ -350,6 +444,21 @@ def _route_cpu(
     ids, weights, active, stats = (output.data_ptr() for output in outputs)
     addresses = (ids, weights, 0, active, stats)
     _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)  # type: ignore[arg-type]
+    return outputs
+
+
+def _route_cuda(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    *values: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty_outputs(*_shape(router_logits), values[0], router_logits.device)
+    ids, weights, active, stats = (output.data_ptr() for output in outputs)
+    addresses = (ids, weights, 0, active, stats)
+    _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)  # type: ignore[arg-type]
     return outputs
 
 
@@ -379,6 +488,21 @@ def _mask_logits_cpu(
     return masked
 
 
+def _mask_logits_cuda(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+    *values: Any,
+) -> Tensor:
+    _shape(router_logits)
+    masked = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
+    outputs = (0, 0, masked.data_ptr(), 0, 0)
+    _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)  # type: ignore[arg-type]
+    return masked
+
+
 def _mask_logits_fake(router_logits: Tensor, *_: Any) -> Tensor:
     return router_logits.new_empty(router_logits.shape)
 
@@ -388,6 +512,8 @@ _definitions.define(f"route({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, 
 _definitions.define(f"mask_logits({_INPUTS}, {_SETTINGS}) -> Tensor")
 _definitions.impl("route", _route_cpu, "CPU")
 _definitions.impl("mask_logits", _mask_logits_cpu, "CPU")
+_definitions.impl("route", _route_cuda, "CUDA")
+_definitions.impl("mask_logits", _mask_logits_cuda, "CUDA")
 torch.library.register_fake("xshare::route", _route_fake, lib=_definitions)
 torch.library.register_fake("xshare::mask_logits", _mask_logits_fake, lib=_definitions)
 _route_op = torch.ops.xshare.route.default

@@ -101,7 +101,7 @@ def route(
     request_ids      [T] int, the request of each row, >= 0; -1 = padding (default: every row is real)
     exempt           [T] bool, rows that keep their own top-k (prefill)
     expert_gpu       [E] int, the GPU (or other group) that holds each expert, 0 <= g < E
-    backend          `reference`, `native`, or `auto`: native where it is built
+    backend          `reference`, `native`, or `auto`: native where it is built for the tensors' device
     check            also refuse rows with NaN or infinite logits; otherwise such a row is treated as padding
 
     Raises ValueError where the arguments do not fit together.
@@ -224,19 +224,28 @@ def _check_values(
 
 
 def _backend(name: str, device: str) -> ModuleType:
-    if name == "auto":
-        return ops if device == "cpu" and _native_is_built() else reference
     if name == "reference":
         return reference
-    if name != "native":
+    if name not in ("auto", "native"):
         raise ValueError(f"backend={name!r}: must be auto, native or reference")
-    if not _native_is_built():
-        raise ValueError(
-            "backend='native': libxshare.so is not built; install a C++ compiler and run `pip install .`"
-        )
-    return ops
+    is_built = _cuda_is_built if device == "cuda" else _native_is_built
+    has_kernel = device in ("cpu", "cuda") or name == "native"  # an operator may still be traced elsewhere
+    if has_kernel and is_built():
+        return ops
+    if name == "auto":
+        return reference
+    if device == "cuda":
+        raise ValueError(f"backend='native': libxshare_cuda.so {ops.HOW_TO_BUILD_CUDA}")
+    raise ValueError(
+        "backend='native': libxshare.so is not built; install a C++ compiler and run `pip install .`"
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
 def _native_is_built() -> bool:
     return ops.available()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def _cuda_is_built() -> bool:
+    return ops.cuda_available()

@@ -123,11 +123,11 @@ def _options_step(recipe: Recipe, checkpoint: str, output: Path) -> Step:
         "options": recipe.options,
         "serve": serve_command(recipe, checkpoint, output),
     }
-    return Step("serve", inputs, lambda folder: _write_options(recipe, folder, output / "serve"))
+    return Step("serve", inputs, lambda folder: _write_options(recipe, folder))
 
 
-def _write_options(recipe: Recipe, folder: Path, final: Path) -> None:
-    """options.yaml, and XShare as a package. Its help texts name the folder that it will be in."""
+def _write_options(recipe: Recipe, folder: Path) -> None:
+    """options.yaml, and XShare as a package."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
     from xshare_trtllm.trtllm.torch_backend import write_options
@@ -135,9 +135,6 @@ def _write_options(recipe: Recipe, folder: Path, final: Path) -> None:
     options = yaml.safe_dump(recipe.options, sort_keys=False)
     (folder / OPTIONS).write_text(options, encoding="utf-8")
     write_options(folder / MODULE, recipe.config)
-    for path in (folder / MODULE).glob("*.py"):
-        text = path.read_text(encoding="utf-8").replace(str(folder.resolve()), str(final.resolve()))
-        path.write_text(text, encoding="utf-8")
 
 
 # ---- Engine path ------------------------------------------------------------------------------------------
