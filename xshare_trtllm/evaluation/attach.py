@@ -116,10 +116,12 @@ class _Router:
 
     def reset_stats(self) -> None:
         self.steps = 0
-        self._raw_stats: list[Tensor] = [torch.zeros(8, dtype=torch.int64)]
+        self._raw_stats: list[Tensor] = []
 
     def total(self) -> Tensor:
         """The sum of the raw statistics of all steps, int64 [8]."""
+        if not self._raw_stats:
+            return torch.zeros(8, dtype=torch.int64)
         self._raw_stats = [torch.stack(self._raw_stats).sum(0)]
         return self._raw_stats[0]
 
@@ -239,7 +241,12 @@ class Attachment:
     @property
     def stats(self) -> list[LayerStats]:
         """Means since the attachment or the last `reset_stats()`; zeros where no step was counted."""
-        return [_mean(router.total(), router.steps) for router in self._routers]
+        return [_mean(*total) for total in self.totals]
+
+    @property
+    def totals(self) -> list[tuple[Tensor, int]]:
+        """Per MoE layer the sum of the raw statistics (int64 [8], `Routing.raw_stats`) and the steps in it."""
+        return [(router.total(), router.steps) for router in self._routers]
 
     def reset_stats(self) -> None:
         """Forget the steps counted so far."""
