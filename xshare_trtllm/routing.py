@@ -150,6 +150,28 @@ def _prepare(
     check: bool,
 ) -> ModuleType:
     """Checks the arguments and returns the module that runs them."""
+    check_shapes(router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu)
+    if check:
+        _check_finite(router_logits)
+    module = _backend(backend, router_logits.device.type)
+    if module is reference:  # the operators check it when they first see it
+        check_layer(spec, config)
+    if check or module is reference:  # the native code checks the values itself
+        check_values(correction_bias, request_ids, expert_gpu)
+    return module
+
+
+def check_shapes(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    correction_bias: Tensor | None,
+    request_ids: Tensor | None,
+    exempt: Tensor | None,
+    expert_gpu: Tensor | None,
+) -> None:
+    """Raises ValueError where a tensor of `route` is missing or has another dtype or shape; reads no
+    tensor."""
     experts = spec.num_experts
     if router_logits.dtype not in _FLOATS or router_logits.dim() != 2 or router_logits.shape[1] != experts:
         _refuse_tensor("router_logits", router_logits, _FLOATS, f"[rows, {experts}]")
@@ -168,18 +190,11 @@ def _prepare(
         _check_vector("expert_gpu", expert_gpu, _INTS, (experts,))
     elif config.gpu_budget is not None:
         raise ValueError(f"XShareConfig(gpu_budget={config.gpu_budget}): route needs expert_gpu")
-    if check:
-        _check_finite(router_logits)
-    module = _backend(backend, router_logits.device.type)
-    if module is reference:  # the operators check it when they first see it
-        _check_layer(spec, config)
-    if check or module is reference:  # the native code checks the values itself
-        _check_values(correction_bias, request_ids, expert_gpu)
-    return module
 
 
 @lru_cache(maxsize=4096)
-def _check_layer(spec: RouterSpec, config: XShareConfig) -> None:
+def check_layer(spec: RouterSpec, config: XShareConfig) -> None:
+    """Raises ValueError where `config` is not one layer's, or does not fit the router."""
     if not isinstance(config.budget, int):
         raise ValueError(
             "XShareConfig(budget=one per layer): route needs one layer's configuration, config.for_layer(i)"
@@ -209,9 +224,10 @@ def _check_finite(router_logits: Tensor) -> None:
         raise ValueError(f"router_logits: row {bad[0]} has NaN or infinite logits ({len(bad)} such rows)")
 
 
-def _check_values(
+def check_values(
     correction_bias: Tensor | None, request_ids: Tensor | None, expert_gpu: Tensor | None
 ) -> None:
+    """Raises ValueError where a tensor of `route` holds what it must not hold."""
     if correction_bias is not None and not bool(correction_bias.isfinite().all()):
         raise ValueError("correction_bias: has NaN or infinite values")
     if request_ids is not None and bool((request_ids < -1).any()):

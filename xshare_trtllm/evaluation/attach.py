@@ -245,7 +245,7 @@ class Attachment:
 
     @property
     def totals(self) -> list[tuple[Tensor, int]]:
-        """Per MoE layer the sum of the raw statistics (int64 [8], `Routing.raw_stats`) and the steps in it."""
+        """Per MoE layer: the sum of the raw statistics (`Routing.raw_stats`), and of how many steps."""
         return [(router.total(), router.steps) for router in self._routers]
 
     def reset_stats(self) -> None:

@@ -1,0 +1,229 @@
+"""`distributed.route` in real processes over gloo: the single rank's bits, and errors instead of hangs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import assert_same, draw
+from distributed_launch import join_group, launch
+
+from xshare_trtllm import RouterSpec, XShareConfig, distributed
+from xshare_trtllm import route as single_rank_route
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+SEED = int(os.environ.get("XSHARE_SEED", "0"))
+CASES = 200
+TIMEOUT = 2.0  # of a group in which a rank fails, seconds
+SPEC, CONFIG = RouterSpec(16, 2, "softmax"), XShareConfig(6)
+
+
+# ---- The same bits as on one rank --------------------------------------------------------------------------
+
+
+def compare_with_one_rank(rank: int, world: int, folder: str) -> dict[str, int]:
+    """Counts what the cases exercised."""
+    group = join_group(rank, world, folder)
+    seen = dict.fromkeys(("no rows here", "no rows", "stood aside", "overflow", "gpu budget binds"), 0)
+    for seed in range(SEED, SEED + CASES):
+        case = draw(seed, world)
+        expected = single_rank_route(case.logits, case.spec, case.config, **case.batch())
+        logits, extras = case.of_rank(rank)
+        got = distributed.route(logits, case.spec, case.config, group=group, **extras)
+        assert_same(got, expected, case.slice(rank), f"seed {seed}, rank {rank} of {world}")
+        stats = got.stats
+        seen["no rows here"] += not len(logits)
+        seen["no rows"] += not len(case.logits)
+        seen["stood aside"] += stats.stood_aside
+        seen["overflow"] += stats.warmup_overflow > 0
+        seen["gpu budget binds"] += stats.peak_gpu_after == (case.config.gpu_budget or 0)
+    dist.destroy_process_group()
+    return seen
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 4))
+def test_equals_one_rank_with_the_whole_batch(world: int, tmp_path: Path) -> None:
+    for seen in launch(world, compare_with_one_rank, world, str(tmp_path)):
+        assert all(count > 0 for count in seen.values()), f"a case that never came: {seen}"
+
+
+def no_second_all_reduce(rank: int, world: int, folder: str) -> None:
+    """Without the whole batch's statistics all else is the same, and what is counted is S."""
+    group = join_group(rank, world, folder)
+    calls, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, group: calls.append(tensor.numel()) or all_reduce(tensor, group=group)
+    for seed in range(40):
+        case = draw(seed, world)
+        logits, extras = case.of_rank(rank)
+        exact = distributed.route(logits, case.spec, case.config, group=group, **extras)
+        calls.clear()
+        quick = distributed.route(
+            logits, case.spec, case.config, group=group, **extras, whole_batch_stats=False
+        )
+        assert len(calls) == 1
+        after, peak = quick.raw_stats[[1, 6]].tolist()
+        quick.raw_stats[[1, 6]] = exact.raw_stats[[1, 6]]
+        assert_same(quick, exact, slice(None), f"seed {seed}")
+        assert after == quick.active_experts.sum()
+        assert after >= exact.raw_stats[1] and peak >= exact.raw_stats[6]
+
+
+def test_one_all_reduce(tmp_path: Path) -> None:
+    launch(2, no_second_all_reduce, 2, str(tmp_path))
+
+
+def test_no_host_synchronisation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tensors without data raise where one of their values is read or decides a shape: what passes can be
+    captured in a CUDA graph."""
+    group = join_group(0, 1, str(tmp_path))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
+    for seed in range(60):
+        case = draw(seed, 1)
+        call = distributed._Call(case.spec, case.config, whole_batch_stats=True)
+        distributed._agreed.setdefault(group, set()).add(call)
+        logits, extras = case.of_rank(0)
+        extras = {name: tensor.to("meta") for name, tensor in extras.items()}
+        got = distributed.route(logits.to("meta"), case.spec, case.config, group=group, **extras)
+        assert got.raw_stats.is_meta and got.raw_stats.shape == (8,)
+        assert got.expert_ids.is_meta and got.expert_ids.shape == (len(logits), case.spec.top_k)
+    distributed._agreed.clear()  # the first call does look
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        distributed.route(logits.to("meta"), case.spec, case.config, group=group, **extras)
+    dist.destroy_process_group()
+
+
+# ---- Errors on all ranks, not hangs ------------------------------------------------------------------------
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """The type and message of what `call` raises."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+def step(group: dist.ProcessGroup, config: XShareConfig = CONFIG, rows: int = 3, **extras: object) -> None:
+    """A step that must succeed or fail on every rank."""
+    distributed.route(torch.zeros(rows, SPEC.num_experts), SPEC, config, group=group, **extras)
+
+
+def fail_and_go_on(rank: int, world: int, folder: str) -> None:
+    """Mistakes that ranks learn of in the exchange itself, at once: the group stays usable."""
+    group = join_group(rank, world, folder, seconds=100)  # the launch ends earlier: none of this may wait
+
+    def all_raise(call: Callable[[], object], message: str, after: XShareConfig | None = CONFIG) -> None:
+        error = error_of(call)
+        assert error.startswith(f"RuntimeError: distributed.route: {message}"), error
+        if after:
+            step(group, after)
+
+    wide = torch.zeros(3, SPEC.num_experts + (rank == 1))
+    error = error_of(lambda: distributed.route(wide, SPEC, CONFIG, group=group))
+    refused = "ValueError: router_logits: shape must be [rows, 16], got [3, 17]"
+    failed = "RuntimeError: distributed.route: 1 of 3 ranks failed; the error raised there says why"
+    assert error == (refused if rank == 1 else failed)
+    step(group)
+
+    def other(name: str, there: object, here: object) -> str:
+        return f"ranks disagree: rank 1 of the group has {name}={there}, rank 0 has {name}={here}"
+
+    for _ in range(2):  # nobody remembers it as agreed
+        all_raise(lambda: step(group, XShareConfig(6 + rank)), other("budget", 7, 6))
+
+    def other_shape() -> None:
+        spec = RouterSpec(16 + 8 * rank, 2, "softmax")
+        distributed.route(torch.zeros(3, spec.num_experts), spec, CONFIG, group=group)
+
+    all_raise(other_shape, other("num_experts", 24, 16))
+    hierarchical, ids = XShareConfig(6, request_budget=4), torch.arange(3)
+    all_raise(
+        lambda: step(group, hierarchical if rank == 1 else CONFIG, request_ids=ids),
+        other("request_budget", 4, None),
+    )
+    version = distributed.__version__
+    distributed.__version__ = "0.0.1" if rank == 1 else version
+    distributed._call_hash.cache_clear()
+    all_raise(lambda: step(group), other("xshare_trtllm", "0.0.1", version), after=None)
+    all_raise(
+        lambda: distributed.check_agreement(group, SPEC, CONFIG),
+        other("xshare_trtllm", "0.0.1", version),
+        after=None,
+    )
+    distributed.__version__ = version
+    distributed._call_hash.cache_clear()
+    all_raise(lambda: step(group, whole_batch_stats=rank != 1), other("whole_batch_stats", False, True))
+    placement = torch.arange(16) // 8
+    mine = placement.flip(0) if rank == 1 else placement
+    all_raise(
+        lambda: step(group, expert_gpu=mine), "ranks disagree: rank 1 of the group has expert_gpu (a hash)="
+    )
+    step(group, expert_gpu=placement)
+    distributed.check_agreement(group, SPEC, CONFIG, placement)
+
+
+def test_mistakes_reach_every_rank_at_once(tmp_path: Path) -> None:
+    launch(3, fail_and_go_on, 3, str(tmp_path), seconds=50)
+
+
+def fail_and_lose_the_group(rank: int, world: int, folder: str) -> list[str]:
+    """The errors of a rank that loses its group, three times."""
+    errors = []
+
+    # Rank 1 is late: it comes after the others have given up.
+    group = join_group(rank, world, folder, "late", TIMEOUT)
+    signals = dist.FileStore(f"{folder}/signals", world)
+    step(group)
+    if rank == 1:
+        signals.wait(["gave up 0", "gave up 2"])
+    errors.append(error_of(lambda: step(group)))
+    signals.set(f"gave up {rank}", "")
+    dist.destroy_process_group()
+
+    # Rank 1 leaves before the first step.
+    group = join_group(rank, world, folder, "first step", TIMEOUT)
+    if rank != 1:
+        errors.append(error_of(lambda: step(group)))
+    dist.destroy_process_group()
+
+    # Rank 1 dies between two steps.
+    group = join_group(rank, world, folder, "death", TIMEOUT)
+    step(group)
+    if rank == 1:
+        os._exit(7)
+    errors.append(error_of(lambda: step(group)))
+    return errors
+
+
+def test_a_lost_rank_is_an_error_on_the_others(tmp_path: Path) -> None:
+    results = launch(3, fail_and_lose_the_group, 3, str(tmp_path), seconds=50)
+    assert results[1] is None
+    for rank in (0, 2):
+        assert len(results[rank]) == 3
+        for error in results[rank]:
+            message = "exchanging the sums of the rows between 3 ranks failed: a rank has died"
+            assert error.startswith(f"RuntimeError: distributed.route: {message}"), error
+
+
+def raise_elsewhere(rank: int, world: int, folder: str) -> str | None:
+    group = join_group(rank, world, folder, seconds=100)
+    step(group)
+    if rank == 1:
+        return None  # the process ends as after an error of the model
+    return error_of(lambda: step(group))
+
+
+def test_a_rank_that_ends_is_noticed_before_the_timeout(tmp_path: Path) -> None:
+    first, _ = launch(2, raise_elsewhere, 2, str(tmp_path), seconds=30)
+    assert "exchanging the sums of the rows between 2 ranks failed" in first
+
+
+def test_needs_a_group() -> None:
+    with pytest.raises(ValueError, match="is not initialised"):
+        distributed.route(torch.zeros(1, 16), SPEC, CONFIG, group=None)
