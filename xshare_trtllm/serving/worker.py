@@ -110,7 +110,8 @@ class Worker:
             command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True
         )
         theirs.close()
-        self._connection.send(self._settings)
+        with suppress(OSError):  # it has died already, which the reader finds
+            self._connection.send(self._settings)
 
     def _read(self) -> None:
         """Until the end: the messages of one process after another."""
