@@ -318,7 +318,7 @@ def main() -> None:
     points = quality_curve(model, spec, batches, token_bytes(tokenizer))
     settings = {}
     for budget in (20, 24, 28, 32):
-        for request_budget in (None, 16):
+        for request_budget in (None, 12):
             kind = "flat" if request_budget is None else f"{request_budget} per request"
             settings[f"budget {budget}, {kind}"] = XShareConfig(
                 budget, warmup=WARMUP, request_budget=request_budget
