@@ -70,7 +70,7 @@ class Speed:
     ratio_quartiles: tuple[float, float]
     tokens_per_step: float
     acceptance: float
-    active_experts: float
+    active_experts: float | None
     rows: float
     agreement: float
 
@@ -180,7 +180,7 @@ def _speed(
     *,
     tokens_per_step: float = 1.0,
     acceptance: float = 0.0,
-    active_experts: float = float("nan"),
+    active_experts: float | None = None,
     rows: float = float(BATCH),
     agreement: float = 1.0,
 ) -> Speed:
@@ -300,7 +300,7 @@ def print_tables(points: list[Point], speeds: list[Speed]) -> None:
             f"{low - 1:+.1%} {high - 1:+.1%}",
             f"{speed.tokens_per_step:.2f}",
             f"{speed.acceptance:.0%}",
-            f"{speed.active_experts:.1f}",
+            "" if speed.active_experts is None else f"{speed.active_experts:.1f}",
             f"{speed.rows:.1f}",
             f"{speed.agreement:.0%}",
         )

@@ -33,13 +33,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> str:
+def spoken() -> tuple[list[int], str]:
     """What the model itself says, 12 tokens: one row under a budget is routed as the model does."""
     model, tokenizer = load_model()
     ids = [tokenizer.bos_token_id, *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]
     tokens, _ = greedy_decode(Decoder(model, 64), torch.tensor([ids]), 12)
-    text: str = tokenizer.decode(tokens[0])
-    return text
+    return tokens[0].tolist(), tokenizer.decode(tokens[0])
+
+
+@pytest.fixture(scope="module")
+def expected(spoken: tuple[list[int], str]) -> str:
+    return spoken[1]
 
 
 def test_every_model_is_ready_and_listens_on_loopback_only(server: Server) -> None:
@@ -131,6 +135,20 @@ def test_stop_words_end_id_and_sampling(server: Server, expected: str) -> None:
     assert len(draws) > 1
     assert server.generate(PROMPT, 12, temperature=1.0, seed=1) in draws
     assert server.generate(PROMPT, 12, top_k=1, temperature=1.0) == expected
+
+
+@pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
+def test_an_answer_that_ends_with_end_id(server: Server, spoken: tuple[list[int], str], model: str) -> None:
+    """The end token is no part of the answer: the last chunk is empty, and may be the only one."""
+    tokens, text = spoken
+    stream = Stream(server, model)
+    for place in (0, 2):
+        assert tokens[place] not in tokens[:place]
+        stream.send(PROMPT, 12, end_id=tokens[place])
+        texts, error = stream.read()
+        assert not error and len(texts) == place and text.startswith("".join(texts))
+        assert server.generate(PROMPT, 12, model, end_id=tokens[place]) == "".join(texts)
+    stream.close()
 
 
 def test_cancelled_requests_stop_the_model(server: Server) -> None:

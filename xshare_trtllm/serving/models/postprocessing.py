@@ -29,7 +29,7 @@ class TritonPythonModel:
             return refusal("SEQUENCE_LENGTH: must be one length from 0 on for each row of TOKENS_BATCH")
         if tokens.min(initial=0) < 0:
             return refusal("TOKENS_BATCH: must be from 0 on")
-        beams = tokens.reshape(-1, tokens.shape[-1])
+        beams = tokens.reshape(lengths.size, tokens.shape[-1])
         texts = [
             self.tokenizer.decode(ids[:length].tolist(), skip_special_tokens=self.skip_special_tokens)
             for ids, length in zip(beams, lengths.reshape(-1), strict=True)
