@@ -134,6 +134,7 @@ class Triton:
         for name, value, kind in (
             ("text_input", np.array([[prompt]], object), "BYTES"),
             ("max_tokens", np.array([[self._output_len]], np.int32), "INT32"),
+            ("end_id", np.array([[-1]], np.int32), "INT32"),
             ("stream", np.array([[True]]), "BOOL"),
         ):
             tensor = self._make(name, list(value.shape), kind)
@@ -308,7 +309,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=8, help="requests before the first round")
     parser.add_argument("--max_batch_size", type=int, default=64, help="in process only")
-    parser.add_argument("--input_len", type=int, default=64, help="tokens of a prompt, in process only")
+    parser.add_argument("--input_len", type=int, default=64, help="tokens of a prompt, at most")
     parser.add_argument("--output_len", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--budget", type=int, nargs="+", default=[32], help="in process only")
     parser.add_argument("--xshare_warmup", type=int, default=2, help="experts that each row keeps")
@@ -328,7 +329,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    prompts = [document.text[:400] for document in held_out()]
+    tokenizer = load_tokenizer(MODEL_DIR)
+    prompts = [tokenizer.decode(tokenizer.encode(d.text).ids[: options.input_len - 1]) for d in held_out()]
     servers: dict[str, Server] = {}
     try:
         if options.url is not None:
