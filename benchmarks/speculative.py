@@ -8,8 +8,6 @@ setting decodes the same prompts in turn within one round, and ratios are median
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -32,6 +30,7 @@ from xshare_trtllm.evaluation import (
     token_batches,
     token_bytes,
 )
+from xshare_trtllm.evaluation.measure import one_thread
 from xshare_trtllm.evaluation.speculative import Speculation, speculative_decode
 from xshare_trtllm.report import console, machine, write_aside, write_json
 
@@ -113,16 +112,6 @@ def interval(quality: Quality, base: Quality, batches: list[Tensor]) -> tuple[fl
     changes = hits[picks].mean(1) / base_hits[picks].mean(1) - 1
     low, high = changes.quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def measure_speed(model: nn.Module, prompts: list[Tensor], settings: dict[str, XShareConfig]) -> list[Speed]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -18,7 +17,13 @@ from torch import Tensor, nn
 from xshare_trtllm.config import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation.attach import attach
 from xshare_trtllm.evaluation.decoder import Decoder
-from xshare_trtllm.evaluation.measure import Quality, agreement, greedy_decode, teacher_forced
+from xshare_trtllm.evaluation.measure import (
+    Quality,
+    agreement,
+    greedy_decode,
+    one_thread,
+    teacher_forced,
+)
 from xshare_trtllm.evaluation.model import MODEL_DIR, held_out, load_model, token_batches, token_bytes
 from xshare_trtllm.report import machine, write_aside, write_json
 
@@ -73,7 +78,7 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
     expert_gpu = torch.arange(spec.num_experts) * GPUS // spec.num_experts
     with Progress(*columns, console=console) as progress:
         quality = _measure_quality(model, spec, expert_gpu, batches, token_bytes(tokenizer), progress)
-        with _one_thread():
+        with one_thread():
             speed = _measure_speed(Decoder(model, PROMPT + STEPS), expert_gpu, batches, progress)
     rows = _rows(spec, quality, speed)
     report = {
@@ -90,17 +95,6 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
     plot(report, png_path)
     console.print(f"Written: {json_path} and {png_path}")
     return report
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Steps of milliseconds, shared between threads, stall on a busy machine; one thread times fairly."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure_quality(

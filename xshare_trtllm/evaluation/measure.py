@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,3 +72,14 @@ def agreement(tokens: Tensor, baseline: Tensor) -> float:
     equal."""
     equal = (tokens == baseline).long().cumprod(dim=-1)
     return float(equal.float().mean())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Steps of milliseconds, shared between threads, stall on a busy machine; one thread times fairly."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
