@@ -32,7 +32,6 @@ from xshare_trtllm.evaluation.attach import find_routers
 from xshare_trtllm.evaluation.shapes import shape
 from xshare_trtllm.evaluation.traces import (
     SyntheticRouters,
-    contiguous,
     fit,
     gpu_load,
     kept_choice,
@@ -42,6 +41,7 @@ from xshare_trtllm.evaluation.traces import (
     statistics,
 )
 from xshare_trtllm.report import console, machine, write_aside, write_json
+from xshare_trtllm.routing import contiguous_placement
 
 LENGTH = 256  # tokens of a document
 BLOCK = 32  # documents; a block's placement is made from blocks of the other parity
@@ -109,7 +109,7 @@ def balanced(loads: Tensor, gpus: int) -> Tensor:
 def placements(kind: str, loads: Tensor, gpus: int) -> Tensor:
     """[layers, E] from loads [layers, E]."""
     if kind == "contiguous":
-        return contiguous(loads.shape[1], gpus).expand(loads.shape[0], -1)
+        return contiguous_placement(loads.shape[1], gpus).expand(loads.shape[0], -1)
     return torch.stack([balanced(layer, gpus) for layer in loads])
 
 
@@ -176,7 +176,7 @@ class ShippedModel:
     def run(self, config: XShareConfig, batch: int, kind: str | None, gpus: int) -> Run:
         """The text in batches of `batch`; kind = None: no placement, the model as it is."""
         hits, observed, affinity = [], [], []
-        expert_gpu = contiguous(self.spec.num_experts, gpus)
+        expert_gpu = contiguous_placement(self.spec.num_experts, gpus)
         for start in range(0, len(self.tokens) // batch * batch, batch):
             tokens = self.tokens[start : start + batch]
             layers = len(find_routers(self.model))

@@ -60,8 +60,9 @@ step build 150 bash -c build
 step correctness 120 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_route_cuda.py
 if "$python" -c 'import pydantic' 2>/dev/null; then
     step ops_cuda 60 env PYTHONPATH="$PWD" "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_ops_cuda.py
+    step aot 45 env PYTHONPATH="$PWD" "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_aot_engine.py
 else
-    echo "== pydantic is not there: the torch operators are skipped"
+    echo "== pydantic is not there: the torch operators and the ahead-of-time plugin are skipped"
 fi
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 60 bash -o pipefail -c 'sanitize memcheck "(gpt-oss or v3) and (-16] or -257] or -100])"'

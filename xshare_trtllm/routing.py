@@ -138,6 +138,12 @@ def mask_logits(
     return masked
 
 
+def contiguous_placement(num_experts: int, num_gpus: int) -> Tensor:
+    """[E] int32, the GPU of each expert where every GPU holds a contiguous slice, as TensorRT-LLM places
+    them; the slices are of equal size, give or take one."""
+    return torch.arange(num_experts, dtype=torch.int32) * num_gpus // num_experts
+
+
 def _prepare(
     router_logits: Tensor,
     spec: RouterSpec,

@@ -23,7 +23,8 @@ from xshare_trtllm.evaluation import (
     load_model,
     token_batches,
 )
-from xshare_trtllm.evaluation.expert_parallel import contiguous_placement, expert_parallel
+from xshare_trtllm.evaluation.expert_parallel import expert_parallel
+from xshare_trtllm.routing import contiguous_placement
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from xshare_trtllm import XShareConfig
 from xshare_trtllm.evaluation import attach, token_batches
-from xshare_trtllm.evaluation.traces import contiguous
+from xshare_trtllm.routing import contiguous_placement
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "expert_parallel.py"
 SPEC = importlib.util.spec_from_file_location("expert_parallel_benchmark", PATH)
@@ -39,7 +39,9 @@ def test_balanced_gives_every_gpu_as_many_experts_and_nearly_the_load(gpus):
     loads = torch.rand(64, generator=torch.Generator().manual_seed(gpus)) ** 4
     placement = benchmark.balanced(loads, gpus)
     assert placement.bincount().tolist() == [64 // gpus] * gpus
-    totals = [float(loads[p == g].sum()) for p in (placement, contiguous(64, gpus)) for g in range(gpus)]
+    totals = [
+        float(loads[p == g].sum()) for p in (placement, contiguous_placement(64, gpus)) for g in range(gpus)
+    ]
     assert max(totals[:gpus]) < max(totals[gpus:])
 
 
@@ -52,7 +54,7 @@ def test_renumbering_changes_nothing_and_is_undone(shipped):
         placement = shipped.placement("balanced", 8, 0)
         with benchmark.placed(shipped.model, placement) as order:
             assert not torch.equal(gate, before)
-            assert torch.equal(placement.gather(1, order), contiguous(64, 8).expand(4, -1))
+            assert torch.equal(placement.gather(1, order), contiguous_placement(64, 8).expand(4, -1))
             torch.testing.assert_close(shipped.model(input_ids=tokens).logits, own, rtol=1e-4, atol=1e-4)
     assert torch.equal(gate, before)
 
@@ -72,7 +74,9 @@ def test_counts_are_those_of_the_routing(shipped, setting):
     peaks = shipped.peaks(run, 16, "contiguous", 8)
     batches = token_batches(benchmark.held_out(), benchmark.load_model()[1], 24)
     with (
-        attach(shipped.model, setting.config, prefill="stepwise", expert_gpu=contiguous(64, 8)) as attached,
+        attach(
+            shipped.model, setting.config, prefill="stepwise", expert_gpu=contiguous_placement(64, 8)
+        ) as attached,
         torch.inference_mode(),
     ):
         for tokens in batches:

@@ -9,7 +9,6 @@ from xshare_trtllm.evaluation import held_out, load_model, token_batches
 from xshare_trtllm.evaluation import traces as module
 from xshare_trtllm.evaluation.traces import (
     SyntheticRouters,
-    contiguous,
     decode_steps,
     fit_layer,
     gpu_load,
@@ -21,6 +20,7 @@ from xshare_trtllm.evaluation.traces import (
     simulate,
     statistics,
 )
+from xshare_trtllm.routing import contiguous_placement
 
 LENGTH = 256
 SPEC = RouterSpec(64, 8, "softmax_renorm")
@@ -147,7 +147,7 @@ def test_gpu_load_counts_what_has_weight():
 def test_simulate_equals_the_routing_statistics():
     logits = 2 * torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
     spec = RouterSpec(16, 2, "softmax_renorm")
-    placement = contiguous(16, 4).expand(2, -1)
+    placement = contiguous_placement(16, 4).expand(2, -1)
     own = simulate(logits, spec, XShareConfig.off(spec), placement, 4)
     assert (own.kept_affinity, own.kept_choice) == (1, 1)
     assert own.experts == pytest.approx(float(own_choice(logits, 2).any(2).sum(-1).float().mean()))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xshare_trtllm import XShareConfig
 from xshare_trtllm.evaluation import MODEL_DIR, Decoder, attach, greedy_decode, held_out, load_model
-from xshare_trtllm.serving.engine import Engine, contiguous_experts, sample
+from xshare_trtllm.routing import contiguous_placement
+from xshare_trtllm.serving.engine import Engine, sample
 from xshare_trtllm.serving.generation import Busy, Chunk, Limits, Request
 from xshare_trtllm.serving.text import load_tokenizer, token_texts
 
@@ -87,7 +88,7 @@ def test_a_batch_gives_what_each_sequence_alone_gives(engine: Engine, decoder: D
 
 
 def test_a_budget_is_kept_for_the_whole_batch(decoder: Decoder) -> None:
-    gpus = contiguous_experts(64, 8)
+    gpus = contiguous_placement(64, 8)
     engine = Engine(decoder, TEXTS, XShareConfig(20, warmup=1), LIMITS, expert_gpu=gpus)
     readers = [Reader() for _ in range(4)]
     for prompt, reader in zip(PROMPTS, readers, strict=False):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation.shapes import ModelShape, shape
-from xshare_trtllm.evaluation.traces import ExpertLoad, SyntheticRouters, contiguous, load_fit, simulate
+from xshare_trtllm.evaluation.traces import ExpertLoad, SyntheticRouters, load_fit, simulate
+from xshare_trtllm.routing import contiguous_placement
 
 VALUE_BYTES = 2  # of an activation or a cached key or value: bf16
 
@@ -220,7 +221,7 @@ class Loads:
         self.spec, self.gpus = spec, gpus
         self._routers = SyntheticRouters(load_fit(), spec, seed)
         self._steps: dict[int, Tensor] = {}
-        self._placement = contiguous(spec.num_experts, gpus).expand(len(load_fit()), -1)
+        self._placement = contiguous_placement(spec.num_experts, gpus).expand(len(load_fit()), -1)
 
     def at(self, batch: int, config: XShareConfig) -> ExpertLoad:
         """Means over 4 layers and 4 to 64 steps, fewer the larger the batch."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,6 +25,7 @@ from xshare_trtllm.evaluation.measure import (
 )
 from xshare_trtllm.evaluation.model import MODEL_DIR, held_out, load_model, token_batches, token_bytes
 from xshare_trtllm.report import machine, write_aside, write_json
+from xshare_trtllm.routing import contiguous_placement
 
 BATCH = 16
 LENGTH = 256  # tokens of a document on which quality is measured
@@ -75,7 +75,7 @@ def run(json_path: Path, png_path: Path, console: Console) -> dict[str, Any]:
         f"Held-out text of 7 domains, batches of {BATCH} rows; speed on one thread."
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    expert_gpu = torch.arange(spec.num_experts) * GPUS // spec.num_experts
+    expert_gpu = contiguous_placement(spec.num_experts, GPUS)
     with Progress(*columns, console=console) as progress:
         quality = _measure_quality(model, spec, expert_gpu, batches, token_bytes(tokenizer), progress)
         with one_thread():

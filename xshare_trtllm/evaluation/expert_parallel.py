@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xshare_trtllm import distributed, ops
 from xshare_trtllm.config import RouterSpec, XShareConfig
+from xshare_trtllm.routing import contiguous_placement
 
 
 def expert_parallel(
@@ -32,11 +33,6 @@ def expert_parallel(
     replaced already, RuntimeError where libxshare.so is not built.
     """
     return ExpertParallel(model, config, group)
-
-
-def contiguous_placement(num_experts: int, ranks: int) -> Tensor:
-    """[E] int64: the rank that holds each expert; slices of equal size, give or take one."""
-    return torch.arange(num_experts) * ranks // num_experts
 
 
 class Work(NamedTuple):

@@ -276,11 +276,6 @@ def kept_choice(logits: Tensor, ids: Tensor, weights: Tensor, spec: RouterSpec) 
     return float(chosen / affinity.gather(-1, own.long()).sum())
 
 
-def contiguous(num_experts: int, gpus: int) -> Tensor:
-    """[E]: the GPU of each expert where every GPU holds a slice."""
-    return torch.arange(num_experts, dtype=torch.int32) * gpus // num_experts
-
-
 # ---- What to compare --------------------------------------------------------------------------------------
 
 

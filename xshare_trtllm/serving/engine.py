@@ -13,6 +13,7 @@ from torch import Tensor
 from xshare_trtllm.config import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation.attach import attach
 from xshare_trtllm.evaluation.decoder import Decoder
+from xshare_trtllm.routing import contiguous_placement
 from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request
 from xshare_trtllm.serving.metrics import Statistics, StatisticsClock
 from xshare_trtllm.serving.text import Transcript
@@ -236,12 +237,6 @@ def sample(logits: Tensor, request: Request, generator: torch.Generator) -> int:
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def contiguous_experts(num_experts: int, ep_size: int) -> Tensor:
-    """[E] int32: the GPU of each expert where every GPU holds a contiguous slice, as TensorRT-LLM places
-    them."""
-    return (torch.arange(num_experts) * ep_size // num_experts).int()
-
-
 def load_engine(settings: dict[str, Any], after_step: Callable[[], None] = lambda: None) -> Engine:
     """The engine of the `cpu` back end.
 
@@ -263,6 +258,6 @@ def load_engine(settings: dict[str, Any], after_step: Callable[[], None] = lambd
         token_texts(load_tokenizer(folder)),
         config,
         limits,
-        expert_gpu=contiguous_experts(spec.num_experts, settings["ep_size"]),
+        expert_gpu=contiguous_placement(spec.num_experts, settings["ep_size"]),
         after_step=after_step,
     )
