@@ -42,6 +42,8 @@ XSHARE_DEVICE int32_t warp_max(int32_t value) { return __reduce_max_sync(kAllLan
 XSHARE_DEVICE uint32_t warp_add(uint32_t value) { return __reduce_add_sync(kAllLanes, value); }
 XSHARE_DEVICE int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 XSHARE_DEVICE int num_bits(uint32_t bits) { return __popc(bits); }
+XSHARE_DEVICE int bit_length(uint32_t bits) { return 32 - __clz(static_cast<int>(bits)); }
+XSHARE_DEVICE int bit_length(uint64_t bits) { return 64 - __clzll(static_cast<long long>(bits)); }
 
 XSHARE_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
 XSHARE_DEVICE void atomic_add(uint64_t* to, uint64_t value) {

@@ -50,9 +50,8 @@ inline Launch plan_step(const RouteArgs& args, const Machine& machine) {
     int team = 1;
     while (machine.has_clusters && team < kMaxClusterSize && args.p.num_tokens > team * machine.cluster_rows)
         team *= 2;
-    // A warp per row, and at least 4 threads per expert for the ranking.
-    const int wanted =
-        std::max(32 * divide_up(args.p.num_tokens, team), 4 * divide_up(args.p.num_experts, 8) * 8);
+    // A warp per row, and a thread per expert for what adds up the blocks.
+    const int wanted = 32 * std::max(divide_up(args.p.num_tokens, team), divide_up(args.p.num_experts, 32));
     return {Kernel::kStep, team, std::min(std::max(wanted, 64), machine.max_step_threads), team};
 }
 

@@ -4,52 +4,11 @@
 #define XSHARE_CUDA_REQUESTS_CUH
 
 #include "cuda/gather.cuh"
+#include "cuda/largest.cuh"
 
 namespace xshare {
 
-template <int V, typename Sum>
-XSHARE_DEVICE uint32_t count_from(const Sum (&sums)[V], Sum bound) {
-    uint32_t count = 0;
-    XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) count += sums[i] >= bound;
-    return device::warp_add(count);
-}
-
-// The `n` largest sums that are not 0, the lower id among equals: this lane's bits of the set. `bits` is how
-// many bits the sums have: the n-th largest is found one bit at a time, at a cost that does not grow with n.
-template <int V, typename Sum>
-XSHARE_DEVICE uint32_t largest_sums(const Sum (&sums)[V], uint32_t n, int bits) {
-    Sum bound = 0;
-    for (int b = bits - 1; b >= 0; --b) {
-        const Sum higher = bound | static_cast<Sum>(1) << b;
-        if (count_from(sums, higher) >= n) bound = higher;
-    }
-    uint32_t larger = 0, equal = 0;
-    XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) {
-        larger |= static_cast<uint32_t>(sums[i] > bound) << i;
-        equal |= static_cast<uint32_t>(sums[i] == bound && bound != 0) << i;
-    }
-    uint32_t before = 0;  // equal ones of lower lanes
-    const uint32_t equal_here = static_cast<uint32_t>(device::num_bits(equal));
-    for (int l = 0; l < device::kWarpSize; ++l) {
-        const uint32_t there = device::shuffle(equal_here, l);
-        before += l < device::lane() ? there : 0;
-    }
-    uint32_t room = n - device::warp_add(static_cast<uint32_t>(device::num_bits(larger)));
-    room = room > before ? room - before : 0;
-    XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) {
-        if (!(equal >> i & 1)) continue;
-        if (room > 0) larger |= 1u << i;
-        room -= room > 0;
-    }
-    return larger;
-}
-
 // The rows of a step of at most kStepRows, by request: the leader of a row is the first row of its request.
-constexpr int kSumBits = 29;  // of a column sum of kStepRows rows
-
 struct Leaders {
     int32_t ids[kStepRows];
     int32_t of[kStepRows];  // -1 = padding
@@ -85,7 +44,7 @@ XSHARE_DEVICE int gather_request(const RouteArgs& args, const Leaders& leaders, 
             for (int i = 0; i < V; ++i) sums[i] += static_cast<uint32_t>(fixed_point(row.affinity[i]));
         }
     }
-    const uint32_t proposed = largest_sums(sums, static_cast<uint32_t>(args.p.request_budget), kSumBits);
+    const uint32_t proposed = take_largest(sums, Room{static_cast<uint32_t>(args.p.request_budget)});
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i)
         if (proposed >> i & 1)

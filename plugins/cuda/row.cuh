@@ -37,6 +37,11 @@ XSHARE_DEVICE int place_of(int expert) {
 }
 
 template <int V>
+XSHARE_DEVICE int expert_at(int place) {
+    return place % device::kWarpSize * V + place / device::kWarpSize;
+}
+
+template <int V>
 XSHARE_DEVICE bool has(const uint32_t* set, int expert) {
     return set[expert / V] >> (expert % V) & 1;
 }

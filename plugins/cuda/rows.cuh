@@ -28,8 +28,8 @@ class TotalsSource {
     XSHARE_DEVICE_METHOD uint32_t before(int lane) const { return totals_.before[lane]; }
     XSHARE_DEVICE_METHOD uint32_t num_real_rows() const { return totals_.num_real_rows; }
     XSHARE_DEVICE_METHOD uint64_t sum(int expert) const { return totals_.sums[place_of<V>(expert)]; }
-    XSHARE_DEVICE_METHOD uint64_t utility(int expert) const {
-        return (proposing_ ? totals_.proposed : totals_.sums)[place_of<V>(expert)];
+    XSHARE_DEVICE_METHOD uint64_t utility_at(int place) const {
+        return (proposing_ ? totals_.proposed : totals_.sums)[place];
     }
 
   private:
@@ -138,7 +138,6 @@ XSHARE_DEVICE void sum_request(const RouteArgs& args, const int32_t* rows, int n
 // Stage 3: a block takes one request after another.
 template <int V>
 XSHARE_DEVICE void propose(const RouteArgs& args) {
-    constexpr int kBits = 41;  // of a column sum of kMaxTokens rows
     XSHARE_SHARED(ProposeShared<V>, shared);
     const Workspace w(args);
     device::await_previous_kernel();
@@ -156,7 +155,7 @@ XSHARE_DEVICE void propose(const RouteArgs& args) {
             uint64_t sums[V];
             XSHARE_UNROLL
             for (int i = 0; i < V; ++i) sums[i] = shared.sums[i * device::kWarpSize + device::lane()];
-            const uint32_t proposed = largest_sums(sums, static_cast<uint32_t>(args.p.request_budget), kBits);
+            const uint32_t proposed = take_largest(sums, Room{static_cast<uint32_t>(args.p.request_budget)});
             XSHARE_UNROLL
             for (int i = 0; i < V; ++i)
                 if (proposed >> i & 1)
@@ -166,23 +165,24 @@ XSHARE_DEVICE void propose(const RouteArgs& args) {
     }
 }
 
+template <int V>
 struct RefineShared {
-    Selection<uint64_t> selection;
+    Selection<V, uint64_t> selection;
     uint32_t after[device::kWarpSize];
 };
 
 // Stages 4, by every block alike, and 5.
 template <int V>
 XSHARE_DEVICE void refine_rows(const RouteArgs& args) {
-    XSHARE_SHARED(RefineShared, shared);
+    XSHARE_SHARED(RefineShared<V>, shared);
     const Workspace w(args);
     const int thread = device::thread();
     if (thread < device::kWarpSize) shared.after[thread] = 0;
     device::await_previous_kernel();
     device::allow_next_kernel();
-    merge_step<V>(args, TotalsSource<V>(args, *w.totals), shared.selection);
+    merge_step(args, TotalsSource<V>(args, *w.totals), shared.selection);
     device::sync_block();
-    select_experts<V>(args, shared.selection);
+    select_experts(args, shared.selection);
     const uint32_t active = shared.selection.active[device::lane()];
     const bool stands_aside = args.stands_aside(shared.selection.num_real_rows);
     Row<V> row;

@@ -5,10 +5,10 @@
 // The floor. At T = 16, E = 128 the tensors are 9 KB: bytes do not matter (3 ns at 3 TB/s), a chain of
 // latencies does: the launch in a graph (about 1.5 us behind another kernel), one trip to L2 or memory for
 // the logits (0.3 to 0.6 us), three warp reductions for the softmax, one per pick of the warm-up, 4 block
-// barriers (about 20 ns each), one round of ranking (E * E comparisons over the block: 32 per thread at E =
-// 128, about 700 at E = 512), k dependent picks (about 40 ns each) and the stores. An estimate of 3 to 4 us,
-// nearly all of it latency. Hence one warp per row: more rows are more warps, not more time, until the block
-// is full, and then more blocks (a cluster barrier is about 0.3 us).
+// barriers (about 20 ns each), the choice of S in one warp (about 10 rounds of E / 32 comparisons and a warp
+// reduction, 30 to 40 ns each), k dependent picks (about 40 ns each) and the stores. An estimate of 3 to 4
+// us, nearly all of it latency. Hence one warp per row: more rows are more warps, not more time, until the
+// block is full, and then more blocks (a cluster barrier is about 0.3 us).
 #ifndef XSHARE_CUDA_STEP_CUH
 #define XSHARE_CUDA_STEP_CUH
 
@@ -21,7 +21,7 @@ template <int V>
 struct StepShared {
     Gathered<V> gathered;
     Leaders leaders;
-    Selection<uint32_t> selection;
+    Selection<V, uint32_t> selection;
     Tally tally;
 };
 
@@ -38,8 +38,8 @@ class TeamSource {
     XSHARE_DEVICE_METHOD uint32_t after(int lane) const { return any(own_.after + lane); }
     XSHARE_DEVICE_METHOD uint32_t num_real_rows() const { return sum_of(&own_.num_real_rows); }
     XSHARE_DEVICE_METHOD uint32_t sum(int expert) const { return sum_of(own_.sums + place_of<V>(expert)); }
-    XSHARE_DEVICE_METHOD uint32_t utility(int expert) const {
-        return sum_of((proposing_ ? own_.proposed : own_.sums) + place_of<V>(expert));
+    XSHARE_DEVICE_METHOD uint32_t utility_at(int place) const {
+        return sum_of((proposing_ ? own_.proposed : own_.sums) + place);
     }
 
   private:
@@ -116,11 +116,11 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     const int scored = gather_step(args, this_warp, team_warps, shared, row);
     device::sync_team();
     const TeamSource<V> source(args, shared.gathered);
-    merge_step<V>(args, source, shared.selection);
+    merge_step(args, source, shared.selection);
     device::sync_block();
     if (args.t.stats == nullptr)
         device::team_arrive();  // this block is done with the shared memory of the others
-    select_experts<V>(args, shared.selection);
+    select_experts(args, shared.selection);
     refine_step(args, this_warp, team_warps, scored, shared, row);
     if (rank == 0) write_active_experts<V>(args, shared.selection.active);
     if (args.t.stats != nullptr) {

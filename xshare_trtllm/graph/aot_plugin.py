@@ -157,8 +157,8 @@ class StepKernel:
 
     @property
     def min_threads(self) -> int:
-        """At least 4 threads per expert, for the ranking."""
-        return max(64, -(-self.spec.num_experts // 8) * 32)
+        """A thread per expert, as in plugins/cuda/plan.h."""
+        return max(64, -(-self.spec.num_experts // 32) * 32)
 
     def settings(self) -> dict[str, str]:
         """The macros of plugins/cuda/aot.cu, without the prefix XSHARE_AOT_ and without NAME."""

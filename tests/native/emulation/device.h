@@ -54,6 +54,8 @@ XSHARE_DEVICE uint32_t warp_add(uint32_t value) {
 }
 XSHARE_DEVICE int first_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 XSHARE_DEVICE int num_bits(uint32_t bits) { return __builtin_popcount(bits); }
+XSHARE_DEVICE int bit_length(uint32_t bits) { return bits == 0 ? 0 : 32 - __builtin_clz(bits); }
+XSHARE_DEVICE int bit_length(uint64_t bits) { return bits == 0 ? 0 : 64 - __builtin_clzll(bits); }
 
 XSHARE_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) {
     return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// The largest of some sums, in one warp and without sorting them: the least of those that are taken is found
+// one bit at a time, at a cost that does not grow with how many are taken. Sums lie as in row.cuh: lane l has
+// those of the experts from l * V on.
+#ifndef XSHARE_CUDA_LARGEST_CUH
+#define XSHARE_CUDA_LARGEST_CUH
+
+#include "cuda/row.cuh"
+
+namespace xshare {
+
+// Of some sums: how many they are and what they add up to.
+struct Extent {
+    uint32_t count;
+    uint64_t sum;
+};
+
+// No more than `room` are taken.
+struct Room {
+    static constexpr bool kNeedsSum = false;
+    uint32_t room;
+
+    XSHARE_DEVICE_METHOD bool is_met(const Extent& taken) const { return taken.count >= room; }
+    XSHARE_DEVICE_METHOD bool is_just_met(const Extent& taken) const { return taken.count == room; }
+};
+
+XSHARE_DEVICE double as_double(uint64_t sum) { return static_cast<double>(static_cast<int64_t>(sum)); }
+
+// Nor more than it takes until they and what is `covered` without them add up to `enough`.
+struct RoomAndCoverage {
+    static constexpr bool kNeedsSum = true;
+    uint32_t room;
+    uint64_t covered;
+    double enough;
+
+    XSHARE_DEVICE_METHOD bool is_met(const Extent& taken) const {
+        return taken.count >= room || as_double(covered + taken.sum) >= enough;
+    }
+    XSHARE_DEVICE_METHOD bool is_just_met(const Extent&) const { return false; }  // not known
+};
+
+template <bool kNeedsSum, int V, typename Sum>
+XSHARE_DEVICE Extent extent_above(const Sum (&sums)[V], Sum bound) {
+    uint32_t count = 0;
+    uint64_t sum = 0;
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        count += sums[i] > bound;
+        if (kNeedsSum) sum += sums[i] > bound ? sums[i] : 0;
+    }
+    return {device::warp_add(count), kNeedsSum ? device::warp_add_wide(sum) : 0};
+}
+
+template <int V, typename Sum>
+XSHARE_DEVICE int bits_of_largest(const Sum (&sums)[V]) {
+    Sum any = 0;
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) any |= sums[i];
+    return device::warp_max(device::bit_length(any));
+}
+
+// The largest bound for which the sums from it on meet the limit; 0 if all sums that are not 0 do not. Where
+// they just meet it, a smaller one that leaves out as many is as good.
+template <int V, typename Sum, typename Limit>
+XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Limit& limit) {
+    Sum bound = 0;
+    for (int b = bits_of_largest(sums) - 1; b >= 0; --b) {
+        const Sum higher = bound | static_cast<Sum>(1) << b;
+        const Extent from = extent_above<Limit::kNeedsSum>(sums, static_cast<Sum>(higher - 1));
+        if (!limit.is_met(from)) continue;
+        bound = higher;
+        if (limit.is_just_met(from)) break;
+    }
+    return bound;
+}
+
+// Walks down the sums, the lower id first among equals, and takes those that are not 0 until the limit is
+// met: this lane's bits of the set.
+template <int V, typename Sum, typename Limit>
+XSHARE_DEVICE uint32_t take_largest(const Sum (&sums)[V], const Limit& limit) {
+    if (limit.is_met({0, 0})) return 0;
+    const Sum bound = find_bound(sums, limit);
+    const Extent larger = extent_above<Limit::kNeedsSum>(sums, bound);
+    const uint32_t lower_lanes = (1u << device::lane()) - 1;
+    uint32_t equal_before = 0;
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i)
+        equal_before += device::num_bits(device::ballot(sums[i] == bound) & lower_lanes);
+    uint32_t taken = 0;
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        const Extent before = {larger.count + equal_before, larger.sum + equal_before * uint64_t{bound}};
+        const bool last = sums[i] == bound && bound != 0 && !limit.is_met(before);
+        taken |= static_cast<uint32_t>(sums[i] > bound || last) << i;
+        equal_before += sums[i] == bound;
+    }
+    return taken;
+}
+
+}  // namespace xshare
+
+#endif  // XSHARE_CUDA_LARGEST_CUH
