@@ -42,6 +42,15 @@ XSHARE_FN float div_rn(float a, float b) {
 #endif
 }
 
+// a * b + c, rounded once.
+XSHARE_FN float fma_rn(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return __builtin_fmaf(a, b, c);
+#endif
+}
+
 XSHARE_FN int32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
     return __float_as_int(x);

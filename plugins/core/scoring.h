@@ -30,7 +30,8 @@ XSHARE_FN float exp_fixed(float x) {
     const float clamped = x < -87.0f ? -87.0f : x;
     const float round_to_integer =
         12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits, half to even
-    const float n = sub_rn(add_rn(mul_rn(clamped, 1.44269504f), round_to_integer), round_to_integer);
+    const float shifted = add_rn(mul_rn(clamped, 1.44269504f), round_to_integer);
+    const float n = sub_rn(shifted, round_to_integer);   // also the lowest bits of `shifted`
     float r = sub_rn(clamped, mul_rn(n, 0.693359375f));  // ln 2 in two parts (Cody and Waite)
     r = sub_rn(r, mul_rn(n, -2.12194440e-4f));
     float p = 1.9875691500e-4f;  // the polynomial of Cephes' expf
@@ -42,25 +43,42 @@ XSHARE_FN float exp_fixed(float x) {
     float y = mul_rn(p, mul_rn(r, r));
     y = add_rn(y, r);
     y = add_rn(y, 1.0f);
-    const float scale =
-        bits_float(static_cast<int32_t>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23));
-    return x < -87.0f ? 0.0f : mul_rn(y, scale);
+    const uint32_t power_of_two = static_cast<uint32_t>(float_bits(shifted) + 127) << 23;
+    return mul_rn(y, bits_float(x < -87.0f ? 0 : static_cast<int32_t>(power_of_two)));
+}
+
+// 1 / x for 1 <= x <= 2, rounded once, from a guess that is up to 4 units in the last place off. No branch,
+// as a division has for numbers far from 1. Markstein's two steps miss one x.
+XSHARE_FN float refine_reciprocal(float x, float guess) {
+    float r = fma_rn(guess, fma_rn(-x, guess, 1.0f), guess);
+    r = fma_rn(r, fma_rn(-x, r, 1.0f), r);
+    return x == 0x1.fffffep0f ? 0x1.000002p-1f : r;
+}
+
+XSHARE_FN float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    return refine_reciprocal(x, __fdividef(1.0f, x));
+#else
+    return 1.0f / x;
+#endif
 }
 
 XSHARE_FN float sigmoid_fixed(float z) {
     const float e = exp_fixed(z >= 0.0f ? -z : z);
-    return div_rn(z >= 0.0f ? 1.0f : e, add_rn(1.0f, e));
+    const float r = reciprocal(add_rn(1.0f, e));
+    return z >= 0.0f ? r : mul_rn(e, r);
 }
 
 // rint(e * 2^40) for 0 <= e <= 1 plus a constant: the bits of a double whose last place is 2^-40. As integers
-// they sum exactly in any order; softmax_denominator takes the n constants off again.
+// they sum exactly in any order; softmax_scale takes the n constants off again.
 XSHARE_FN uint64_t softmax_term(float e) { return double_bits(static_cast<double>(e) + 6144.0); }
 
-XSHARE_FN float softmax_denominator(uint64_t sum_of_terms, int n) {
+// What every term is multiplied by.
+XSHARE_FN float softmax_scale(uint64_t sum_of_terms, int n) {
     const uint64_t sum =
         sum_of_terms - static_cast<uint64_t>(n) * 0x40B8000000000000ull;  // the bits of 6144.0
-    return static_cast<float>(static_cast<double>(static_cast<int64_t>(sum)) *
-                              9.094947017729282e-13);  // 2^-40
+    const double exact = static_cast<double>(static_cast<int64_t>(sum)) * 0x1p-40;
+    return div_rn(1.0f, static_cast<float>(exact));
 }
 
 // round(affinity * 2^20), half away from zero, for 0 <= affinity <= 1.

@@ -113,8 +113,8 @@ static void softmax(const float* logits, const int32_t* keys, int n, float* affi
         affinity[i] = e;
         sum += softmax_term(e);
     }
-    const float denominator = softmax_denominator(sum, n);
-    for (int i = 0; i < n; ++i) affinity[i] = div_rn(affinity[i], denominator);
+    const float scale = softmax_scale(sum, n);
+    for (int i = 0; i < n; ++i) affinity[i] = mul_rn(affinity[i], scale);
 }
 
 // Best plus second best of a group, which has at least two.

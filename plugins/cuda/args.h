@@ -16,6 +16,8 @@
 namespace xshare {
 
 constexpr int kStepRows = 256;  // that one launch can take
+constexpr int kMaxTeamSize =
+    8;  // blocks of a launch that share memory: what every device with clusters can do
 
 struct RouteArgs {
     xshare_route_params p;

@@ -5,6 +5,7 @@
 #define XSHARE_CUDA_GATHER_CUH
 
 #include "cuda/score.cuh"
+#include "cuda/workspace.h"
 #include "cuda/write.cuh"
 
 namespace xshare {
@@ -14,8 +15,7 @@ template <int V>
 struct Gathered {
     uint32_t sums[V * device::kWarpSize];      // g
     uint32_t proposed[V * device::kWarpSize];  // u, where requests propose
-    uint32_t warmup[device::kWarpSize], exempt[device::kWarpSize];
-    uint32_t before[device::kWarpSize], after[device::kWarpSize];
+    Sets sets;
     uint32_t num_real_rows;
 };
 
@@ -36,11 +36,11 @@ XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gat
     const bool whole = !shared || args.needs_own_choice();
     const Picks own = best_of(row.keys, whole ? args.p.top_k : args.p.warmup);
     if (device::lane() < own.count) {
-        if (whole) add_expert<V>(gathered.before, own.id);
-        if (!shared) add_expert<V>(gathered.exempt, own.id);
-        if (shared && device::lane() < args.p.warmup) add_expert<V>(gathered.warmup, own.id);
+        if (whole) add_expert<V>(gathered.sets.before, own.id);
+        if (!shared) add_expert<V>(gathered.sets.exempt, own.id);
+        if (shared && device::lane() < args.p.warmup) add_expert<V>(gathered.sets.warmup, own.id);
     }
-    if (args.is_off()) return write_row<V>(args, index, own, gathered.after);
+    if (args.is_off()) return write_row<V>(args, index, own, gathered.sets.after);
     if (!shared) return;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {

@@ -29,8 +29,6 @@ struct Machine {
     int block_rows;    // rows that one block takes where there are no clusters
 };
 
-constexpr int kMaxClusterSize = 8;  // what every device with clusters can do
-
 struct Plan {
     int num_launches = 0;
     Launch launches[6];
@@ -48,7 +46,7 @@ inline bool fits_step(const RouteArgs& args, const Machine& machine) {
 
 inline Launch plan_step(const RouteArgs& args, const Machine& machine) {
     int team = 1;
-    while (machine.has_clusters && team < kMaxClusterSize && args.p.num_tokens > team * machine.cluster_rows)
+    while (machine.has_clusters && team < kMaxTeamSize && args.p.num_tokens > team * machine.cluster_rows)
         team *= 2;
     // A warp per row, and a thread per expert for what adds up the blocks.
     const int wanted = 32 * std::max(divide_up(args.p.num_tokens, team), divide_up(args.p.num_experts, 32));

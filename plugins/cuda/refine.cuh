@@ -57,7 +57,8 @@ XSHARE_DEVICE void write_active_experts(const RouteArgs& args, const uint32_t* a
 
 // Room for the statistics, in shared memory.
 struct Tally {
-    uint32_t before[device::kWarpSize], after[device::kWarpSize], active[device::kWarpSize];
+    Sets sets;  // before and after
+    uint32_t active[device::kWarpSize];
     uint32_t on_gpu[2][kMaxExperts];
     uint64_t kept, total;
 };
@@ -87,8 +88,8 @@ XSHARE_DEVICE void write_stats(const RouteArgs& args, const Source& source, uint
         const uint64_t sum = stands_aside ? 0 : source.sum(e);
         total += sum;
         kept += has<V>(tally.active, e) ? sum : 0;
-        if (has<V>(tally.before, e)) device::atomic_add(&tally.on_gpu[0][args.gpu_of(e)], 1u);
-        if (has<V>(tally.after, e)) device::atomic_add(&tally.on_gpu[1][args.gpu_of(e)], 1u);
+        if (has<V>(tally.sets.before, e)) device::atomic_add(&tally.on_gpu[0][args.gpu_of(e)], 1u);
+        if (has<V>(tally.sets.after, e)) device::atomic_add(&tally.on_gpu[1][args.gpu_of(e)], 1u);
     }
     kept = device::add_neighbours(kept, device::kWarpSize);
     total = device::add_neighbours(total, device::kWarpSize);
@@ -98,7 +99,7 @@ XSHARE_DEVICE void write_stats(const RouteArgs& args, const Source& source, uint
     }
     device::sync_block();
     if (device::warp() != 0) return;
-    const int64_t num_before = count_experts(tally.before), num_after = count_experts(tally.after);
+    const int64_t num_before = count_experts(tally.sets.before), num_after = count_experts(tally.sets.after);
     const int32_t peak_before = peak(args, tally.on_gpu[0]), peak_after = peak(args, tally.on_gpu[1]);
     if (device::lane() != 0) return;
     int64_t* stats = args.t.stats;

@@ -23,9 +23,7 @@ class TotalsSource {
     XSHARE_DEVICE_METHOD TotalsSource(const RouteArgs& args, const Totals& totals)
         : totals_(totals), proposing_(args.p.request_budget > 0) {}
 
-    XSHARE_DEVICE_METHOD uint32_t warmup(int lane) const { return totals_.warmup[lane]; }
-    XSHARE_DEVICE_METHOD uint32_t exempt(int lane) const { return totals_.exempt[lane]; }
-    XSHARE_DEVICE_METHOD uint32_t before(int lane) const { return totals_.before[lane]; }
+    XSHARE_DEVICE_METHOD uint32_t set_word(int i) const { return words_of(totals_.sets)[i]; }
     XSHARE_DEVICE_METHOD uint32_t num_real_rows() const { return totals_.num_real_rows; }
     XSHARE_DEVICE_METHOD uint64_t sum(int expert) const { return totals_.sums[place_of<V>(expert)]; }
     XSHARE_DEVICE_METHOD uint64_t utility_at(int place) const {
@@ -47,13 +45,10 @@ XSHARE_DEVICE void add_to_totals(const Gathered<V>& gathered, Totals& totals) {
     for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())
         if (gathered.sums[i] != 0)
             device::atomic_add(&totals.sums[i], static_cast<uint64_t>(gathered.sums[i]));
-    const int thread = device::thread();
-    if (thread >= device::kWarpSize) return;
-    if (gathered.warmup[thread] != 0) device::atomic_or(&totals.warmup[thread], gathered.warmup[thread]);
-    if (gathered.exempt[thread] != 0) device::atomic_or(&totals.exempt[thread], gathered.exempt[thread]);
-    if (gathered.before[thread] != 0) device::atomic_or(&totals.before[thread], gathered.before[thread]);
-    if (gathered.after[thread] != 0) device::atomic_or(&totals.after[thread], gathered.after[thread]);
-    if (thread == 0) device::atomic_add(&totals.num_real_rows, gathered.num_real_rows);
+    for (int i = device::thread(); i < kSetWords; i += device::num_threads())
+        if (words_of(gathered.sets)[i] != 0)
+            device::atomic_or(&words_of(totals.sets)[i], words_of(gathered.sets)[i]);
+    if (device::thread() == 0) device::atomic_add(&totals.num_real_rows, gathered.num_real_rows);
 }
 
 // Counts one row of its request; a slot belongs to the first request that finds it empty. Which slot that is,
@@ -197,7 +192,7 @@ XSHARE_DEVICE void refine_rows(const RouteArgs& args) {
     }
     device::sync_block();
     if (thread < device::kWarpSize && shared.after[thread] != 0)
-        device::atomic_or(&w.totals->after[thread], shared.after[thread]);
+        device::atomic_or(&w.totals->sets.after[thread], shared.after[thread]);
 }
 
 // The statistics, by one block.
@@ -208,8 +203,8 @@ XSHARE_DEVICE void tally_rows(const RouteArgs& args) {
     device::await_previous_kernel();
     device::allow_next_kernel();
     if (device::thread() < device::kWarpSize) {
-        tally.before[device::thread()] = w.totals->before[device::thread()];
-        tally.after[device::thread()] = w.totals->after[device::thread()];
+        tally.sets.before[device::thread()] = w.totals->sets.before[device::thread()];
+        tally.sets.after[device::thread()] = w.totals->sets.after[device::thread()];
         tally.active[device::thread()] = w.totals->active[device::thread()];
     }
     const TotalsSource<V> source(args, *w.totals);

@@ -7,6 +7,8 @@
 
 namespace xshare {
 
+constexpr float kNoLogit = -100.0f;  // of affinity 0: exp_fixed is 0 there
+
 // keys = R, affinity = A of a softmax.
 template <int V>
 XSHARE_DEVICE void score_softmax(bool rank_by_logits, const float (&logits)[V], int num_here, Row<V>& row) {
@@ -20,39 +22,49 @@ XSHARE_DEVICE void score_softmax(bool rank_by_logits, const float (&logits)[V], 
     uint64_t sum = 0;  // of rint(e * 2^40), below 2^50
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
-        const float e = i < num_here ? exp_fixed(sub_rn(logits[i], peak)) : 0.0f;
+        const float e = exp_fixed(i < num_here ? sub_rn(logits[i], peak) : kNoLogit);
         row.affinity[i] = e;
         sum += softmax_term(e) - softmax_term(0.0f);
     }
-    const float denominator = softmax_denominator(device::warp_add_wide(sum), 0);
+    const float scale = softmax_scale(device::warp_add_wide(sum), 0);
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
-        row.affinity[i] = div_rn(row.affinity[i], denominator);
+        row.affinity[i] = mul_rn(row.affinity[i], scale);
         if (!rank_by_logits && i < num_here) row.keys[i] = float_bits(row.affinity[i]);
     }
 }
 
 template <int V>
-XSHARE_DEVICE void score_sigmoid(const float* bias, const float (&logits)[V], int num_here, Row<V>& row) {
+XSHARE_DEVICE void score_sigmoid(const float (&bias)[V], const float (&logits)[V], int num_here,
+                                 Row<V>& row) {
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
-        const bool here = i < num_here;
-        row.affinity[i] = here ? sigmoid_fixed(logits[i]) : 0.0f;
-        float b = bias != nullptr && here ? bias[device::lane() * V + i] : 0.0f;
-        if ((float_bits(b) & 0x7f800000) == 0x7f800000) b = 0.0f;
-        row.keys[i] = here ? score_key(add_rn(row.affinity[i], b)) : kUnavailable;
+        row.affinity[i] = sigmoid_fixed(i < num_here ? logits[i] : kNoLogit);
+        const float b = (float_bits(bias[i]) & 0x7f800000) == 0x7f800000 ? 0.0f : bias[i];
+        row.keys[i] = i < num_here ? score_key(add_rn(row.affinity[i], b)) : kUnavailable;
     }
+}
+
+// Asked for before the logits have arrived, so that there is one wait for both.
+template <int V>
+XSHARE_DEVICE void load_bias(const RouteArgs& args, int num_here, float (&bias)[V]) {
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i)
+        bias[i] = args.t.correction_bias != nullptr && i < num_here
+                      ? args.t.correction_bias[device::lane() * V + i]
+                      : 0.0f;
 }
 
 // Stage 1. A padding row gets no scores.
 template <int V>
 XSHARE_DEVICE void score_row(const RouteArgs& args, int index, Row<V>& row) {
-    float logits[V];
+    const int num_here = max_of(0, min_of(V, args.p.num_experts - device::lane() * V));
+    float logits[V], bias[V];
+    load_bias(args, num_here, bias);
     row.kind = load_row(args, index, logits);
     if (row.kind == RowKind::kPadding) return;
-    const int num_here = max_of(0, min_of(V, args.p.num_experts - device::lane() * V));
     if (args.p.scoring == XSHARE_SIGMOID_BIAS)
-        score_sigmoid(args.t.correction_bias, logits, num_here, row);
+        score_sigmoid(bias, logits, num_here, row);
     else
         score_softmax(args.p.scoring == XSHARE_TOPK_SOFTMAX, logits, num_here, row);
     if (args.p.num_groups > 1) limit_groups(args, row.keys);

@@ -14,7 +14,7 @@ template <int V, typename Sum>
 struct Selection {
     Sum utilities[V * device::kWarpSize];
     uint16_t gpu[V * device::kWarpSize];
-    uint32_t warmup[device::kWarpSize], exempt[device::kWarpSize], before[device::kWarpSize];
+    Sets sets;
     uint32_t fitting[device::kWarpSize];  // candidates that their GPU has room for
     uint32_t active[device::kWarpSize];   // S
     uint32_t num_real_rows, warmup_overflow;
@@ -24,13 +24,9 @@ struct Selection {
 template <int V, typename Sum, typename Source>
 XSHARE_DEVICE void merge_step(const RouteArgs& args, const Source& source, Selection<V, Sum>& s) {
     const int thread = device::thread();
-    if (thread < device::kWarpSize) {
-        s.warmup[thread] = source.warmup(thread);
-        s.exempt[thread] = source.exempt(thread);
-        s.before[thread] = args.needs_own_choice() ? source.before(thread) : 0;
-        s.fitting[thread] = 0;
-    }
-    if (thread == 0) {
+    for (int i = thread; i < kSetWords; i += device::num_threads()) words_of(s.sets)[i] = source.set_word(i);
+    if (thread < device::kWarpSize) s.fitting[thread] = 0;
+    if (thread == device::num_threads() - 1) {
         s.num_real_rows = source.num_real_rows();
         s.warmup_overflow = 0;
     }
@@ -50,11 +46,11 @@ XSHARE_DEVICE uint32_t less_or_none(int budget, uint32_t taken) {
 // Who counts against a budget, and who is no candidate any more: this lane's bits.
 template <int V, typename Sum>
 XSHARE_DEVICE uint32_t counted_experts(const Selection<V, Sum>& s) {
-    return s.warmup[device::lane()] & ~s.exempt[device::lane()];
+    return s.sets.warmup[device::lane()] & ~s.sets.exempt[device::lane()];
 }
 template <int V, typename Sum>
 XSHARE_DEVICE uint32_t taken_experts(const Selection<V, Sum>& s) {
-    return s.warmup[device::lane()] | s.exempt[device::lane()];
+    return s.sets.warmup[device::lane()] | s.sets.exempt[device::lane()];
 }
 
 // How many of a GPU's or the batch's experts the warm-up has taken; notes those beyond the budget.
@@ -126,7 +122,7 @@ XSHARE_DEVICE void select_experts(const RouteArgs& args, Selection<V, Sum>& s) {
     }
     if (device::warp() == 0) {
         if (stands_aside)
-            s.active[device::lane()] = s.before[device::lane()];
+            s.active[device::lane()] = s.sets.before[device::lane()];
         else
             fill_budget(args, s);
     }

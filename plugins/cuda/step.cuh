@@ -32,10 +32,11 @@ class TeamSource {
     XSHARE_DEVICE_METHOD TeamSource(const RouteArgs& args, Gathered<V>& own)
         : own_(own), size_(device::team_size()), proposing_(args.p.request_budget > 0) {}
 
-    XSHARE_DEVICE_METHOD uint32_t warmup(int lane) const { return any(own_.warmup + lane); }
-    XSHARE_DEVICE_METHOD uint32_t exempt(int lane) const { return any(own_.exempt + lane); }
-    XSHARE_DEVICE_METHOD uint32_t before(int lane) const { return any(own_.before + lane); }
-    XSHARE_DEVICE_METHOD uint32_t after(int lane) const { return any(own_.after + lane); }
+    XSHARE_DEVICE_METHOD uint32_t set_word(int i) const {
+        uint32_t bits = 0;
+        for_each_block(words_of(own_.sets) + i, [&](uint32_t there) { bits |= there; });
+        return bits;
+    }
     XSHARE_DEVICE_METHOD uint32_t num_real_rows() const { return sum_of(&own_.num_real_rows); }
     XSHARE_DEVICE_METHOD uint32_t sum(int expert) const { return sum_of(own_.sums + place_of<V>(expert)); }
     XSHARE_DEVICE_METHOD uint32_t utility_at(int place) const {
@@ -43,15 +44,17 @@ class TeamSource {
     }
 
   private:
-    XSHARE_DEVICE_METHOD uint32_t any(uint32_t* word) const {
-        uint32_t bits = 0;
-        for (int rank = 0; rank < size_; ++rank) bits |= *device::of_peer(word, rank);
-        return bits;
-    }
     XSHARE_DEVICE_METHOD uint32_t sum_of(uint32_t* number) const {
         uint32_t sum = 0;
-        for (int rank = 0; rank < size_; ++rank) sum += *device::of_peer(number, rank);
+        for_each_block(number, [&](uint32_t there) { sum += there; });
         return sum;
+    }
+    // Unrolled, so that all blocks are read at once.
+    template <typename Visit>
+    XSHARE_DEVICE_METHOD void for_each_block(uint32_t* word, Visit visit) const {
+        XSHARE_UNROLL
+        for (int rank = 0; rank < kMaxTeamSize; ++rank)
+            if (rank < size_) visit(*device::of_peer(word, rank));
     }
 
     Gathered<V>& own_;
@@ -86,17 +89,18 @@ XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_wa
         if (index >= args.p.num_tokens) continue;
         if (index != scored) look_again(args, index, row);
         scored = -1;
-        refine_row<V>(args, stands_aside, active, index, row, shared.gathered.after);
+        refine_row<V>(args, stands_aside, active, index, row, shared.gathered.sets.after);
     }
 }
 
 template <int V>
 XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source, StepShared<V>& shared) {
     if (device::thread() < device::kWarpSize) {
-        shared.tally.before[device::thread()] = shared.selection.before[device::thread()];
+        shared.tally.sets.before[device::thread()] = shared.selection.sets.before[device::thread()];
         shared.tally.active[device::thread()] = shared.selection.active[device::thread()];
-        shared.tally.after[device::thread()] = source.after(device::thread());
     }
+    for (int i = kSetWords - device::kWarpSize + device::thread(); i < kSetWords; i += device::num_threads())
+        words_of(shared.tally.sets)[i] = source.set_word(i);
     write_stats<V>(args, source, shared.selection.num_real_rows, shared.selection.warmup_overflow,
                    shared.tally);
 }

@@ -10,10 +10,20 @@
 
 namespace xshare {
 
-// Sets and sums are laid out as in gather.cuh.
+// What rows take: by the warm-up, as exempt rows, by their own choice, and at the end. Laid out as in
+// row.cuh.
+struct Sets {
+    uint32_t warmup[32], exempt[32], before[32], after[32];
+};
+constexpr int kSetWords = sizeof(Sets) / 4;
+
+XSHARE_METHOD uint32_t* words_of(Sets& sets) { return sets.warmup; }
+XSHARE_METHOD const uint32_t* words_of(const Sets& sets) { return sets.warmup; }
+
 struct Totals {
-    uint64_t sums[kMaxExperts], proposed[kMaxExperts];
-    uint32_t warmup[32], exempt[32], before[32], after[32], active[32];
+    uint64_t sums[kMaxExperts], proposed[kMaxExperts];  // laid out as in row.cuh
+    Sets sets;
+    uint32_t active[32];
     uint32_t num_real_rows, num_placed_rows, num_requests, warmup_overflow;
 };
 

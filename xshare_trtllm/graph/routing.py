@@ -205,13 +205,14 @@ class _Routing:
         e = self._exp(ops.binary("Sub", self.logits, ops.reduce_max(self.logits, axis=1)))
         terms = ops.cast(ops.unary("Round", ops.binary("Mul", e, self._float(2.0**40))), "int64")
         total = ops.cast(ops.reduce_sum(terms, axis=1), "float32")
-        return ops.binary("Div", e, ops.binary("Mul", total, self._float(2.0**-40)))
+        scale = ops.binary("Div", self._float(1.0), ops.binary("Mul", total, self._float(2.0**-40)))
+        return ops.binary("Mul", e, scale)
 
     def _sigmoid(self) -> Any:
         ops, one = self.ops, self._float(1.0)
         e = self._exp(ops.unary("Neg", ops.unary("Abs", self.logits)))
-        top = ops.where(ops.binary("Less", self.logits, self._float(0.0)), e, one)
-        return ops.binary("Div", top, ops.binary("Add", one, e))
+        r = ops.binary("Div", one, ops.binary("Add", one, e))
+        return ops.where(ops.binary("Less", self.logits, self._float(0.0)), ops.binary("Mul", e, r), r)
 
     def _exp(self, x: Any) -> Any:
         """e^x for x <= 0 by the reference's polynomial; the power of two comes from a table."""

@@ -324,13 +324,14 @@ def softmax(logits: Tensor) -> Tensor:
     """Over the last dimension of [T, E] fp32. The sum is exact (multiples of 2^-40), in any order."""
     e = exp(logits - logits.amax(dim=-1, keepdim=True))
     exact = (e.double() * 2**40).round().long().sum(dim=-1, keepdim=True)
-    return e / (exact.double() * 2**-40).float()
+    return e * (exact.double() * 2**-40).float().reciprocal()
 
 
 def sigmoid(logits: Tensor) -> Tensor:
     """1 / (1 + e^-z), elementwise, without ever exponentiating a positive number."""
     e = exp(-logits.abs())
-    return torch.where(logits >= 0, 1.0, e) / (1.0 + e)
+    r = (1.0 + e).reciprocal()
+    return torch.where(logits >= 0, r, e * r)
 
 
 def to_fixed_point(affinity: Tensor) -> Tensor:
