@@ -59,6 +59,11 @@ def test_equals_the_host_implementation(tree: Path) -> None:
 
 
 @needs_compiler
+def test_reciprocals_are_rounded_once(tree: Path) -> None:
+    assert run_well(emulation(tree, "emulate_route"), "reciprocal") == "0 reciprocals are wrong\n"
+
+
+@needs_compiler
 def test_touches_no_memory_it_should_not(tree: Path) -> None:
     program = emulation(tree, "emulate_route_asan")
     assert "500 calls agree" in run_well(program, "500", "3")

@@ -3,6 +3,7 @@
 // xshare_route_cpu. Every output must have the same bits.
 //
 //     emulate_route [cases] [seed]      random and adversarial calls
+//     emulate_route reciprocal          the device's 1 / x for every x that it is asked for
 //     emulate_route race | divergence   a faulty kernel, to show that the emulation notices
 #include <math.h>
 #include <stdio.h>
@@ -325,6 +326,21 @@ bool run_case() {
     return false;
 }
 
+// ---- Reciprocals ------------------------------------------------------------------------------------------
+
+// Whatever the hardware's guess is: PTX promises one within 2^-23 of 1 / x for 1 <= x <= 2, 2 units in the
+// last place.
+int check_reciprocals() {
+    int wrong = 0;
+    for (int32_t x_bits = float_bits(1.0f); x_bits <= float_bits(2.0f); ++x_bits) {
+        const float x = bits_float(x_bits), right = 1.0f / x;
+        for (int off = -4; off <= 4; ++off)
+            wrong += refine_reciprocal(x, bits_float(float_bits(right) + off)) != right;
+    }
+    printf("%d reciprocals are wrong\n", wrong);
+    return wrong != 0;
+}
+
 // ---- Faulty kernels ---------------------------------------------------------------------------------------
 
 void race(const void*) {
@@ -345,6 +361,7 @@ void divergence(const void*) {
 
 int main(int argc, char** argv) {
     const char* first = argc > 1 ? argv[1] : "2000";
+    if (strcmp(first, "reciprocal") == 0) return check_reciprocals();
     if (strcmp(first, "race") == 0) return emulation::launch({1, 64, 1}, race, nullptr), 0;
     if (strcmp(first, "divergence") == 0) return emulation::launch({1, 64, 1}, divergence, nullptr), 0;
     const long cases = atol(first);

@@ -205,8 +205,8 @@ class _Routing:
         e = self._exp(ops.binary("Sub", self.logits, ops.reduce_max(self.logits, axis=1)))
         terms = ops.cast(ops.unary("Round", ops.binary("Mul", e, self._float(2.0**40))), "int64")
         total = ops.cast(ops.reduce_sum(terms, axis=1), "float32")
-        scale = ops.binary("Div", self._float(1.0), ops.binary("Mul", total, self._float(2.0**-40)))
-        return ops.binary("Mul", e, scale)
+        # Not one divided by the sum: ONNX Runtime makes e / sum of that, which rounds otherwise.
+        return ops.binary("Mul", e, ops.binary("Div", self._float(2.0**40), total))
 
     def _sigmoid(self) -> Any:
         ops, one = self.ops, self._float(1.0)
