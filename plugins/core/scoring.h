@@ -57,7 +57,9 @@ XSHARE_FN float refine_reciprocal(float x, float guess) {
 
 XSHARE_FN float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
-    return refine_reciprocal(x, __fdividef(1.0f, x));
+    float guess;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(x));
+    return refine_reciprocal(x, guess);
 #else
     return 1.0f / x;
 #endif

@@ -24,7 +24,8 @@ struct Selection {
 template <int V, typename Sum, typename Source>
 XSHARE_DEVICE void merge_step(const RouteArgs& args, const Source& source, Selection<V, Sum>& s) {
     const int thread = device::thread();
-    for (int i = thread; i < kSetWords; i += device::num_threads()) words_of(s.sets)[i] = source.set_word(i);
+    for (int i = thread; i < kWordsBeforeRefining; i += device::num_threads())
+        words_of(s.sets)[i] = source.set_word(i);
     if (thread < device::kWarpSize) s.fitting[thread] = 0;
     if (thread == device::num_threads() - 1) {
         s.num_real_rows = source.num_real_rows();

@@ -99,7 +99,7 @@ XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source
         shared.tally.sets.before[device::thread()] = shared.selection.sets.before[device::thread()];
         shared.tally.active[device::thread()] = shared.selection.active[device::thread()];
     }
-    for (int i = kSetWords - device::kWarpSize + device::thread(); i < kSetWords; i += device::num_threads())
+    for (int i = kWordsBeforeRefining + device::thread(); i < kSetWords; i += device::num_threads())
         words_of(shared.tally.sets)[i] = source.set_word(i);
     write_stats<V>(args, source, shared.selection.num_real_rows, shared.selection.warmup_overflow,
                    shared.tally);

@@ -16,6 +16,7 @@ struct Sets {
     uint32_t warmup[32], exempt[32], before[32], after[32];
 };
 constexpr int kSetWords = sizeof(Sets) / 4;
+constexpr int kWordsBeforeRefining = kSetWords - 32;  // stage 5 writes `after`
 
 XSHARE_METHOD uint32_t* words_of(Sets& sets) { return sets.warmup; }
 XSHARE_METHOD const uint32_t* words_of(const Sets& sets) { return sets.warmup; }

@@ -399,7 +399,9 @@ def test_ptx_takes_what_tensorrt_passes(name: str) -> None:
     assert (int(cluster[1]) if cluster else 1) == built.num_blocks
     assert f".maxntid {built.max_threads}" in head[2]
     assert ".extern .shared" not in ptx, "dynamic shared memory"
-    assert not re.search(r"\b(fma|mad)\.\S*f(32|64)|\b(add|mul|sub)\.f(32|64)", ptx), "may be contracted"
+    assert not re.search(r"\bmad\.\S*f(32|64)|\b(add|mul|sub)\.f(32|64)", ptx), "may be contracted"
+    fused = len(re.findall(r"\bfma\.", ptx))
+    assert fused == 4 * ptx.count("rcp.approx.ftz.f32"), "fused where it is not refine_reciprocal"
 
 
 @needs_nvcc
