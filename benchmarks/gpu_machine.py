@@ -1,7 +1,9 @@
-"""What a GPU benchmark ran on, for the head of its JSON. Needs torch alone."""
+"""The report of a GPU benchmark, and what it ran on. Needs torch alone."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -9,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def write_report(path: Path, command: str, results: dict[str, Any], **more: Any) -> None:
+    """Whole or not at all: written aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    report = {"command": command, "machine": machine(), "results": results} | more
+    aside.write_text(json.dumps(report, indent=1) + "\n")
+    aside.replace(path)
 
 
 def machine() -> dict[str, Any]:

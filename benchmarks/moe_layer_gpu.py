@@ -11,7 +11,6 @@ weights of their own, so that no expert's weights are in L2 from the call before
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "gpu"))
 
 from device_routing import Call, Inputs, Outputs, Settings  # noqa: E402
-from gpu_machine import machine  # noqa: E402
+from gpu_machine import write_report  # noqa: E402
 
 LAYERS, REPLAYS = 4, 31
 BATCHES = (4, 8, 16, 32, 64)
@@ -159,14 +158,8 @@ def main() -> None:
         print(f"{name} on {torch.cuda.get_device_name()}")
         results[name] = measure(shape)
         torch.cuda.empty_cache()
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "command": "python benchmarks/moe_layer_gpu.py --json",
-            "machine": machine(),
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        if arguments.json:
+            write_report(arguments.json, "python benchmarks/moe_layer_gpu.py --json", results)
 
 
 if __name__ == "__main__":

@@ -56,22 +56,24 @@ export -f sanitize
 export python
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "needs a GPU"; exit 1; }
+# By value: what comes first is there even if the time runs out.
 step build 150 bash -c build
-step correctness 120 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_route_cuda.py
-if "$python" -c 'import pydantic' 2>/dev/null; then
-    step ops_cuda 60 env PYTHONPATH="$PWD" "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_ops_cuda.py
-    step aot 45 env PYTHONPATH="$PWD" "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_aot_engine.py
-else
-    echo "== pydantic is not there: the torch operators and the ahead-of-time plugin are skipped"
-fi
+step correctness 90 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_route_cuda.py
+step route_gpu 120 "$python" benchmarks/route_gpu.py --quick --json "$results/route_gpu.json"
+step moe_layer_gpu 30 "$python" benchmarks/moe_layer_gpu.py --json "$results/moe_layer_gpu.json"
 if command -v compute-sanitizer >/dev/null; then
-    step memcheck 60 bash -o pipefail -c 'sanitize memcheck "(gpt-oss or v3) and (-16] or -257] or -100])"'
-    step racecheck 60 bash -o pipefail -c 'sanitize racecheck "(gpt-oss or v3) and (-16] or -257] or -100])"'
+    step memcheck 45 bash -o pipefail -c 'sanitize memcheck "(gpt-oss or v3) and (-16] or -257] or -100])"'
+    step racecheck 45 bash -o pipefail -c 'sanitize racecheck "(gpt-oss or v3) and (-16] or -257] or -100])"'
     step synccheck 45 bash -o pipefail -c 'sanitize synccheck "v3 and (-16] or -100])"'
 else
     echo "== compute-sanitizer is not there: its steps are skipped"
 fi
-step route_gpu 150 "$python" benchmarks/route_gpu.py --quick --json "$results/route_gpu.json"
-step moe_layer_gpu 60 "$python" benchmarks/moe_layer_gpu.py --json "$results/moe_layer_gpu.json"
+if "$python" -c 'import pydantic' 2>/dev/null; then
+    for name in ops_cuda aot_engine plugin_enqueue; do # the last one builds the plugin
+        step "$name" 150 env PYTHONPATH="$PWD" "$python" -m pytest -q -rs -p no:cacheprovider "tests/gpu/test_$name.py"
+    done
+else
+    echo "== pydantic is not there: the torch operators, the plugin and the ahead-of-time kernels are skipped"
+fi
 echo "== $failed steps failed, $SECONDS s in all, results in $results"
 exit "$failed"
