@@ -19,6 +19,9 @@ constexpr int kStepRows = 256;  // that one launch can take
 constexpr int kMaxTeamSize =
     8;  // blocks of a launch that share memory: what every device with clusters can do
 
+// The most threads of the step kernel, by the registers that a row takes.
+constexpr int step_threads(int experts_per_lane) { return experts_per_lane <= 12 ? 512 : 384; }
+
 struct RouteArgs {
     xshare_route_params p;
     xshare_route_tensors t;

@@ -50,6 +50,7 @@ XSHARE_DEVICE void atomic_add(uint64_t* to, uint64_t value) {
     atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }
 XSHARE_DEVICE void atomic_or(uint32_t* to, uint32_t value) { atomicOr(to, value); }
+XSHARE_DEVICE void atomic_min(uint32_t* to, uint32_t value) { atomicMin(to, value); }
 // What was there: `expected` if the exchange took place.
 XSHARE_DEVICE uint32_t atomic_exchange_if(uint32_t* at, uint32_t expected, uint32_t value) {
     return atomicCAS(at, expected, value);

@@ -6,8 +6,6 @@
 
 namespace xshare {
 
-// The most threads of the step kernel, by the registers that a row takes.
-constexpr int step_threads(int experts_per_lane) { return experts_per_lane <= 12 ? 512 : 384; }
 constexpr int kRowThreads = 256;  // of the other kernels
 
 // A kernel that takes a RouteArgs, for rows of up to 32 * V experts. Built once per V (kernels.cu).

@@ -51,15 +51,10 @@ XSHARE_DEVICE void add_to_totals(const Gathered<V>& gathered, Totals& totals) {
     if (device::thread() == 0) device::atomic_add(&totals.num_real_rows, gathered.num_real_rows);
 }
 
-// Counts one row of its request; a slot belongs to the first request that finds it empty. Which slot that is,
-// and the order of a request's rows, may differ between runs; no result depends on either.
+// Counts one row of its request. The order of a request's rows may differ between runs; no result depends on
+// it.
 XSHARE_DEVICE void enter_request(const Workspace& w, uint32_t request, int row) {
-    uint32_t slot = (request * 2654435769u) >> w.hash_shift;
-    while (true) {
-        const uint32_t there = device::atomic_exchange_if(&w.slots[slot].request, 0, request + 1);
-        if (there == 0 || there == request + 1) break;
-        slot = (slot + 1) & (w.num_slots - 1);
-    }
+    const uint32_t slot = claim_slot(w.slots, w.num_slots, w.hash_shift, request);
     w.slot_of_row[row] = static_cast<int32_t>(slot);
     w.place_in_request[row] = device::atomic_add(&w.slots[slot].num_rows, 1u);
 }

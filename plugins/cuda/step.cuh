@@ -8,7 +8,8 @@
 // barriers (about 20 ns each), the choice of S in one warp (about 10 rounds of E / 32 comparisons and a warp
 // reduction, 30 to 40 ns each), k dependent picks (about 40 ns each) and the stores. An estimate of 3 to 4
 // us, nearly all of it latency. Hence one warp per row: more rows are more warps, not more time, until the
-// block is full, and then more blocks (a cluster barrier is about 0.3 us).
+// block is full, and then more blocks (a cluster barrier is about 0.3 us). Requests cost a barrier and, in
+// one warp each, the sum of their rows and a choice of their own (about 10 rounds again): 0.5 to 1 us.
 #ifndef XSHARE_CUDA_STEP_CUH
 #define XSHARE_CUDA_STEP_CUH
 
@@ -20,7 +21,8 @@ namespace xshare {
 template <int V>
 struct StepShared {
     Gathered<V> gathered;
-    Leaders leaders;
+    RowsByRequest requests;
+    ScoredRows<V> scored;
     Selection<V, uint32_t> selection;
     Tally tally;
 };
@@ -62,19 +64,50 @@ class TeamSource {
     const bool proposing_;
 };
 
+// Rows and then requests, where there is a warp for each row: a request's rows are scored side by side, and
+// stay in their warps for stage 5.
+template <int V>
+XSHARE_DEVICE int gather_requests_at_once(const RouteArgs& args, int this_warp, int team_warps,
+                                          StepShared<V>& shared, Row<V>& row) {
+    if (this_warp < args.p.num_tokens) {
+        gather_row(args, this_warp, row, shared.gathered);
+        publish_row(row, shared.scored);
+    }
+    device::sync_team();
+    const auto add_row = [&](int index, uint32_t (&sums)[V]) {
+        const int size = device::team_size();
+        const uint32_t* affinity = device::of_peer(shared.scored.affinity[index / size], index % size);
+        XSHARE_UNROLL
+        for (int i = 0; i < V; ++i) sums[i] += affinity[i * device::kWarpSize + device::lane()];
+    };
+    gather_requests(args, this_warp, team_warps, shared.requests, add_row, shared.gathered);
+    return this_warp < args.p.num_tokens ? this_warp : -1;
+}
+
 // Returns the row whose scores are left in `row`, or -1.
 template <int V>
 XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_warps, StepShared<V>& shared,
                               Row<V>& row) {
-    if (args.p.request_budget > 0) {
-        find_leaders(args, shared.leaders);
-        return gather_requests(args, this_warp, team_warps, shared.leaders, row, shared.gathered);
-    }
     int last = -1;
-    for (int index = this_warp; index < args.p.num_tokens; index += team_warps) {
+    if (args.p.request_budget == 0) {
+        for (int index = this_warp; index < args.p.num_tokens; index += team_warps) {
+            gather_row(args, index, row, shared.gathered);
+            last = index;
+        }
+        return last;
+    }
+    enter_rows(args, shared.requests);
+    if (args.p.num_tokens <= team_warps)
+        return gather_requests_at_once(args, this_warp, team_warps, shared, row);
+    device::sync_block();
+    const auto add_row = [&](int index, uint32_t (&sums)[V]) {
         gather_row(args, index, row, shared.gathered);
         last = index;
-    }
+        if (row.kind != RowKind::kShared) return;
+        XSHARE_UNROLL
+        for (int i = 0; i < V; ++i) sums[i] += static_cast<uint32_t>(fixed_point(row.affinity[i]));
+    };
+    gather_requests(args, this_warp, team_warps, shared.requests, add_row, shared.gathered);
     return last;
 }
 
@@ -112,6 +145,7 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     const int this_warp = device::warp() * device::team_size() + rank;
     const int team_warps = device::num_warps() * device::team_size();
     clear(shared.gathered);
+    if (args.p.request_budget > 0) clear(shared.requests);
     device::await_previous_kernel();
     device::allow_next_kernel();
     device::sync_block();

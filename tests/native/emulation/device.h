@@ -64,6 +64,12 @@ XSHARE_DEVICE void atomic_add(uint64_t* to, uint64_t value) {
     __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 XSHARE_DEVICE void atomic_or(uint32_t* to, uint32_t value) { __atomic_fetch_or(to, value, __ATOMIC_RELAXED); }
+XSHARE_DEVICE void atomic_min(uint32_t* to, uint32_t value) {
+    uint32_t there = __atomic_load_n(to, __ATOMIC_RELAXED);
+    while (value < there &&
+           !__atomic_compare_exchange_n(to, &there, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
 XSHARE_DEVICE uint32_t atomic_exchange_if(uint32_t* at, uint32_t expected, uint32_t value) {
     __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return expected;
