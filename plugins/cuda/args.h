@@ -16,8 +16,11 @@
 namespace xshare {
 
 constexpr int kStepRows = 256;  // that one launch can take
-constexpr int kMaxTeamSize =
-    8;  // blocks of a launch that share memory: what every device with clusters can do
+// Blocks of a launch that share memory: what every device with clusters can do, and what H100 and H200 can.
+constexpr int kPortableTeamSize = 8, kMaxTeamSize = 16;
+// Rows of a block of a team, as far as there are blocks: two warps for each of the four schedulers, since
+// more would compete for them.
+constexpr int kTeamRows = 8;
 
 // The most threads of the step kernel, by the registers that a row takes.
 constexpr int step_threads(int experts_per_lane) { return experts_per_lane <= 12 ? 512 : 384; }

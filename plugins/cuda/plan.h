@@ -21,12 +21,13 @@ struct Launch {
 
 // What the launches are fitted to.
 struct Machine {
-    bool has_clusters;
+    int max_team_size;     // 1 = no clusters
     int max_step_threads;  // of the step kernel, by its registers
     int row_threads;       // of the other kernels
     int max_row_blocks;
-    int cluster_rows;  // rows per block from which a step takes more blocks
-    int block_rows;    // rows that one block takes where there are no clusters
+    int block_rows;      // from which a step takes more than one block
+    int team_rows;       // of a block, where a step takes more than one, as far as there are blocks
+    int max_block_rows;  // that one block takes where there are no clusters
 };
 
 struct Plan {
@@ -41,13 +42,13 @@ struct Plan {
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 inline bool fits_step(const RouteArgs& args, const Machine& machine) {
-    return args.p.num_tokens <= (machine.has_clusters ? kStepRows : machine.block_rows);
+    return args.p.num_tokens <= (machine.max_team_size > 1 ? kStepRows : machine.max_block_rows);
 }
 
 inline Launch plan_step(const RouteArgs& args, const Machine& machine) {
     int team = 1;
-    while (machine.has_clusters && team < kMaxTeamSize && args.p.num_tokens > team * machine.cluster_rows)
-        team *= 2;
+    if (args.p.num_tokens > machine.block_rows)
+        while (team < machine.max_team_size && args.p.num_tokens > team * machine.team_rows) team *= 2;
     // A warp per row, and a thread per expert for what adds up the blocks.
     const int wanted = 32 * std::max(divide_up(args.p.num_tokens, team), divide_up(args.p.num_experts, 32));
     return {Kernel::kStep, team, std::min(std::max(wanted, 64), machine.max_step_threads), team};

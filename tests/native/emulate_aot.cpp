@@ -60,9 +60,10 @@ EXPORT void plan(int num_tokens, int has_clusters, int* blocks, int* threads) {
     constexpr int kMostThreads = step_threads(XSHARE_AOT_EXPERTS_PER_LANE);
     static_assert(kMostThreads == XSHARE_AOT_THREADS);
     Machine machine = {};
-    machine.has_clusters = has_clusters != 0;
+    machine.max_team_size = has_clusters != 0 ? kPortableTeamSize : 1;
     machine.max_step_threads = kMostThreads;
-    machine.cluster_rows = kMostThreads / 32;
+    machine.block_rows = kMostThreads / 32;
+    machine.team_rows = kTeamRows;
     const Launch step = plan_step(args, machine);
     *blocks = step.num_blocks;
     *threads = step.num_threads;

@@ -85,12 +85,13 @@ void run_launch(const Launch& launch, const RouteArgs& args) {
 // Small blocks, so that a warp takes several rows and a call several blocks.
 Machine random_machine() {
     Machine machine = {};
-    machine.has_clusters = one_in(2);
+    machine.max_team_size = one_of({1, 1, 4, 8, 16});
     machine.max_step_threads = one_of({32, 64, 64, 96, 128});
     machine.row_threads = one_of({32, 64, 96});
     machine.max_row_blocks = between(1, 3);
-    machine.cluster_rows = between(1, 12);
-    machine.block_rows = one_of({0, 0, 4, 256});
+    machine.block_rows = between(1, 12);
+    machine.team_rows = between(1, 12);
+    machine.max_block_rows = one_of({0, 0, 4, 256});
     return machine;
 }
 
@@ -292,12 +293,12 @@ void print_call(const Call& call, const Machine& m) {
     const xshare_route_params& p = call.p;
     printf(
         "T=%d E=%d k=%d scoring=%d dtype=%d groups=%d/%d m=%d k0=%d m_r=%d m_g=%d c=%g max_rows=%d ids=%d "
-        "exempt=%d | clusters=%d "
-        "step=%d rows=%d x %d cluster_rows=%d block_rows=%d\n",
+        "exempt=%d | team=%d "
+        "step=%d rows=%d x %d block_rows=%d team_rows=%d max_block_rows=%d\n",
         p.num_tokens, p.num_experts, p.top_k, p.scoring, p.logits_dtype, p.top_k_groups, p.num_groups,
         p.budget, p.warmup, p.request_budget, p.gpu_budget, p.min_coverage, p.max_rows,
-        !call.request_ids.empty(), !call.exempt.empty(), m.has_clusters, m.max_step_threads, m.row_threads,
-        m.max_row_blocks, m.cluster_rows, m.block_rows);
+        !call.request_ids.empty(), !call.exempt.empty(), m.max_team_size, m.max_step_threads, m.row_threads,
+        m.max_row_blocks, m.block_rows, m.team_rows, m.max_block_rows);
 }
 
 bool run_case() {

@@ -36,7 +36,8 @@ NAMESPACE = "xshare"
 MAX_ROWS = 256  # kStepRows of plugins/cuda/args.h: what one launch can take
 COMPUTE_CAPABILITIES = {"SM80": 80, "SM90": 90}  # and what is newer; SM90 with clusters
 
-_MAX_CLUSTER = 8  # kMaxClusterSize of plugins/cuda/plan.h
+_MAX_CLUSTER = 8  # kPortableTeamSize of plugins/cuda/args.h
+_TEAM_ROWS = 8  # kTeamRows of plugins/cuda/args.h
 _EXPERTS_PER_LANE = (1, 2, 4, 8, 12, 16)  # kExpertsPerLane of plugins/cuda/plan.h
 _INT32_MAX = 2**31 - 1
 _LOGITS_TYPES = ("FLOAT", "BF16", "HALF")  # names in tensorrt.DataType, in the order of xshare_dtype
@@ -142,17 +143,16 @@ class StepKernel:
 
     @property
     def max_threads(self) -> int:
-        """As step_threads in plugins/cuda/kernels.h: by the registers that a row takes."""
+        """As step_threads in plugins/cuda/args.h: by the registers that a row takes."""
         return 512 if self.experts_per_lane <= 12 else 384
 
     @property
     def num_blocks(self) -> int:
-        """One, or on SM90 the cluster that gives each of `max_rows` rows a warp if it can."""
+        """As plan_step in plugins/cuda/plan.h: one, or on SM90 the cluster for `max_rows` rows."""
         blocks = 1
-        while self.compute_capability == "SM90" and blocks < _MAX_CLUSTER:
-            if self.max_rows <= blocks * (self.max_threads // 32):
-                break
-            blocks *= 2
+        if self.compute_capability == "SM90" and self.max_rows > self.max_threads // 32:
+            while blocks < _MAX_CLUSTER and self.max_rows > blocks * _TEAM_ROWS:
+                blocks *= 2
         return blocks
 
     @property
