@@ -21,13 +21,22 @@
 
 namespace xshare {
 
+// The team meets between the first and the second use of what is shared twice.
 template <int V>
 struct StepShared {
+    struct Proposing {
+        RowsByRequest rows;
+        ScoredRows<V> scored;
+    };
+    struct Deciding {
+        Selection<V, uint32_t> selection;
+        Tally tally;
+    };
     Gathered<V> gathered;
-    RowsByRequest requests;
-    ScoredRows<V> scored;
-    Selection<V, uint32_t> selection;
-    Tally tally;
+    union {
+        Proposing proposing;
+        Deciding deciding;
+    };
 };
 
 // What the blocks of the team gathered.
@@ -76,16 +85,17 @@ XSHARE_DEVICE int gather_requests_at_once(const RouteArgs& args, int this_warp, 
                                           StepShared<V>& shared, Row<V>& row) {
     if (this_warp < args.p.num_tokens) {
         gather_row(args, this_warp, row, shared.gathered);
-        publish_row(row, shared.scored);
+        publish_row(row, shared.proposing.scored);
     }
     device::sync_team();
     const auto add_row = [&](int index, uint32_t (&sums)[V]) {
         const int size = device::team_size();
-        const uint32_t* affinity = device::of_peer(shared.scored.affinity[index / size], index % size);
+        const uint32_t* affinity =
+            device::of_peer(shared.proposing.scored.affinity[index / size], index % size);
         XSHARE_UNROLL
         for (int i = 0; i < V; ++i) sums[i] += affinity[i * device::kWarpSize + device::lane()];
     };
-    gather_requests(args, this_warp, team_warps, shared.requests, add_row, shared.gathered);
+    gather_requests(args, this_warp, team_warps, shared.proposing.rows, add_row, shared.gathered);
     return this_warp < args.p.num_tokens ? this_warp : -1;
 }
 
@@ -101,7 +111,7 @@ XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_war
         }
         return last;
     }
-    enter_rows(args, shared.requests);
+    enter_rows(args, shared.proposing.rows);
     if (args.p.num_tokens <= team_warps)
         return gather_requests_at_once(args, this_warp, team_warps, shared, row);
     device::sync_block();
@@ -112,15 +122,15 @@ XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_war
         XSHARE_UNROLL
         for (int i = 0; i < V; ++i) sums[i] += static_cast<uint32_t>(fixed_point(row.affinity[i]));
     };
-    gather_requests(args, this_warp, team_warps, shared.requests, add_row, shared.gathered);
+    gather_requests(args, this_warp, team_warps, shared.proposing.rows, add_row, shared.gathered);
     return last;
 }
 
 template <int V>
 XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_warps, int scored,
                                StepShared<V>& shared, Row<V>& row) {
-    const uint32_t active = shared.selection.active[device::lane()];
-    const bool stands_aside = args.stands_aside(shared.selection.num_real_rows);
+    const uint32_t active = shared.deciding.selection.active[device::lane()];
+    const bool stands_aside = args.stands_aside(shared.deciding.selection.num_real_rows);
     // Backwards: the row that was scored last comes first and still has its scores.
     const int last_round = (args.p.num_tokens - 1 - this_warp) / team_warps;
     for (int index = this_warp + last_round * team_warps; index >= 0; index -= team_warps) {
@@ -134,13 +144,14 @@ XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_wa
 template <int V>
 XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source, StepShared<V>& shared) {
     if (device::thread() < device::kWarpSize) {
-        shared.tally.sets.before[device::thread()] = shared.selection.sets.before[device::thread()];
-        shared.tally.active[device::thread()] = shared.selection.active[device::thread()];
+        shared.deciding.tally.sets.before[device::thread()] =
+            shared.deciding.selection.sets.before[device::thread()];
+        shared.deciding.tally.active[device::thread()] = shared.deciding.selection.active[device::thread()];
     }
     for (int i = kWordsBeforeRefining + device::thread(); i < kSetWords; i += device::num_threads())
-        words_of(shared.tally.sets)[i] = source.set_word(i);
-    write_stats<V>(args, source, shared.selection.num_real_rows, shared.selection.warmup_overflow,
-                   shared.tally);
+        words_of(shared.deciding.tally.sets)[i] = source.set_word(i);
+    write_stats<V>(args, source, shared.deciding.selection.num_real_rows,
+                   shared.deciding.selection.warmup_overflow, shared.deciding.tally);
 }
 
 template <int V>
@@ -150,7 +161,7 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     const int this_warp = device::warp() * device::team_size() + rank;
     const int team_warps = device::num_warps() * device::team_size();
     clear(shared.gathered);
-    if (args.p.request_budget > 0) clear(shared.requests);
+    if (args.p.request_budget > 0) clear(shared.proposing.rows);
     device::await_previous_kernel();
     device::allow_next_kernel();
     device::sync_block();
@@ -159,13 +170,13 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     const int scored = gather_step(args, this_warp, team_warps, shared, row);
     device::sync_team();
     const TeamSource<V> source(args, shared.gathered);
-    merge_step(args, source, shared.selection);
+    merge_step(args, source, shared.deciding.selection);
     device::sync_block();
     if (args.t.stats == nullptr)
         device::team_arrive();  // this block is done with the shared memory of the others
-    select_experts(args, shared.selection);
+    select_experts(args, shared.deciding.selection);
     refine_step(args, this_warp, team_warps, scored, shared, row);
-    if (rank == 0) write_active_experts<V>(args, shared.selection.active);
+    if (rank == 0) write_active_experts<V>(args, shared.deciding.selection.active);
     if (args.t.stats != nullptr) {
         device::sync_team();
         if (rank == 0) tally_step(args, source, shared);
