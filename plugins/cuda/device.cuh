@@ -101,6 +101,7 @@ namespace device {
 constexpr int kWarpSize = 32;
 
 XSHARE_DEVICE int lane() { return thread() % kWarpSize; }
+XSHARE_DEVICE uint32_t lower_lanes() { return (1u << lane()) - 1; }
 XSHARE_DEVICE int warp() { return thread() / kWarpSize; }
 XSHARE_DEVICE int num_warps() { return num_threads() / kWarpSize; }
 

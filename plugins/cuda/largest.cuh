@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The largest of some sums, in one warp and without sorting them: the least of those that are taken is found
-// one bit at a time, at a cost that does not grow with how many are taken. Sums lie as in row.cuh: lane l has
+// bit by bit, at a cost that does not grow with how many are taken. Sums lie as in row.cuh: lane l has
 // those of the experts from l * V on.
 #ifndef XSHARE_CUDA_LARGEST_CUH
 #define XSHARE_CUDA_LARGEST_CUH
@@ -21,7 +21,6 @@ struct Room {
     uint32_t room;
 
     XSHARE_DEVICE_METHOD bool is_met(const Extent& taken) const { return taken.count >= room; }
-    XSHARE_DEVICE_METHOD bool is_just_met(const Extent& taken) const { return taken.count == room; }
 };
 
 XSHARE_DEVICE double as_double(uint64_t sum) { return static_cast<double>(static_cast<int64_t>(sum)); }
@@ -36,8 +35,14 @@ struct RoomAndCoverage {
     XSHARE_DEVICE_METHOD bool is_met(const Extent& taken) const {
         return taken.count >= room || as_double(covered + taken.sum) >= enough;
     }
-    XSHARE_DEVICE_METHOD bool is_just_met(const Extent&) const { return false; }  // not known
 };
+
+// 1 or 0, for sums below half of what the type holds: less to execute than a comparison whose outcome is
+// added.
+template <typename Sum>
+XSHARE_DEVICE uint32_t is_less(Sum a, Sum b) {
+    return static_cast<uint32_t>((a - b) >> (8 * sizeof(Sum) - 1));
+}
 
 template <bool kNeedsSum, int V, typename Sum>
 XSHARE_DEVICE Extent extent_above(const Sum (&sums)[V], Sum bound) {
@@ -45,7 +50,7 @@ XSHARE_DEVICE Extent extent_above(const Sum (&sums)[V], Sum bound) {
     uint64_t sum = 0;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
-        count += sums[i] > bound;
+        count += is_less(bound, sums[i]);
         if (kNeedsSum) sum += sums[i] > bound ? sums[i] : 0;
     }
     return {device::warp_add(count), kNeedsSum ? device::warp_add_wide(sum) : 0};
@@ -59,17 +64,43 @@ XSHARE_DEVICE int bits_of_largest(const Sum (&sums)[V]) {
     return device::warp_max(device::bit_length(any));
 }
 
-// The largest bound for which the sums from it on meet the limit; 0 if all sums that are not 0 do not. Where
-// they just meet it, a smaller one that leaves out as many is as good.
+// The largest bound for which the sums from it on meet the limit; 0 if all sums that are not 0 do not.
 template <int V, typename Sum, typename Limit>
 XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Limit& limit) {
     Sum bound = 0;
     for (int b = bits_of_largest(sums) - 1; b >= 0; --b) {
         const Sum higher = bound | static_cast<Sum>(1) << b;
-        const Extent from = extent_above<Limit::kNeedsSum>(sums, static_cast<Sum>(higher - 1));
-        if (!limit.is_met(from)) continue;
-        bound = higher;
-        if (limit.is_just_met(from)) break;
+        if (limit.is_met(extent_above<Limit::kNeedsSum>(sums, static_cast<Sum>(higher - 1)))) bound = higher;
+    }
+    return bound;
+}
+
+// The same by two bits at a time: a count takes 10 bits, so one reduction counts for three bounds. Where the
+// room is just met, a smaller bound that leaves out as many is as good.
+template <int V, typename Sum>
+XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Room& limit) {
+    constexpr uint32_t kCount = V * device::kWarpSize, kMask = (1 << 10) - 1;
+    static_assert(kCount <= kMask, "a count takes 10 bits");
+    Sum bound = 0;
+    for (int b = (bits_of_largest(sums) - 1) & ~1; b >= 0; b -= 2) {
+        const Sum step = static_cast<Sum>(1) << b;
+        uint32_t less[3] = {};
+        XSHARE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            XSHARE_UNROLL
+            for (uint32_t d = 0; d < 3; ++d) less[d] += is_less(sums[i], bound | (d + 1) * step);
+        }
+        const uint32_t packed = device::warp_add(less[0] | less[1] << 10 | less[2] << 20);
+        uint32_t digit = 0, count = 0;
+        XSHARE_UNROLL
+        for (uint32_t d = 0; d < 3; ++d) {
+            const uint32_t from_here = kCount - (packed >> 10 * d & kMask);
+            if (from_here < limit.room) continue;
+            digit = d + 1;
+            count = from_here;
+        }
+        bound |= digit * step;
+        if (count == limit.room) break;
     }
     return bound;
 }
@@ -81,11 +112,10 @@ XSHARE_DEVICE uint32_t take_largest(const Sum (&sums)[V], const Limit& limit) {
     if (limit.is_met({0, 0})) return 0;
     const Sum bound = find_bound(sums, limit);
     const Extent larger = extent_above<Limit::kNeedsSum>(sums, bound);
-    const uint32_t lower_lanes = (1u << device::lane()) - 1;
     uint32_t equal_before = 0;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i)
-        equal_before += device::num_bits(device::ballot(sums[i] == bound) & lower_lanes);
+        equal_before += device::num_bits(device::ballot(sums[i] == bound) & device::lower_lanes());
     uint32_t taken = 0;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {

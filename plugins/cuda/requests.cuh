@@ -99,7 +99,7 @@ XSHARE_DEVICE void gather_requests(const RouteArgs& args, int this_warp, int tea
         const int index = first + device::lane();
         const bool leads = index < args.p.num_tokens && rows.leader_of(index) == index;
         const uint32_t leaders = device::ballot(leads);
-        const int place = num_before + device::num_bits(leaders & ((1u << device::lane()) - 1));
+        const int place = num_before + device::num_bits(leaders & device::lower_lanes());
         uint32_t mine = device::ballot(leads && place % team_warps == this_warp);
         for (; mine != 0; mine &= mine - 1)
             gather_request(args, rows, first + device::first_bit(mine), add_row, gathered);

@@ -148,10 +148,12 @@ XSHARE_DEVICE Picks take_best(int32_t (&keys)[V], int k) {
         }
         const int32_t top = device::warp_max(best);
         if (top == kUnavailable) break;
-        const int owner = device::first_bit(device::ballot(best == top));
-        const int32_t id = device::shuffle(lane * V + place, owner);
+        const uint32_t equal = device::ballot(best == top);
+        const bool is_mine = best == top && (equal & device::lower_lanes()) == 0;
+        const int taken = is_mine ? place : V;  // known here before the id is known everywhere
         XSHARE_UNROLL
-        for (int i = 0; i < V; ++i) keys[i] = lane * V + i == id ? kUnavailable : keys[i];
+        for (int i = 0; i < V; ++i) keys[i] = i == taken ? kUnavailable : keys[i];
+        const int32_t id = device::shuffle(lane * V + place, device::first_bit(equal));
         if (lane == picks.count) {
             picks.id = id;
             picks.key = top;
