@@ -153,6 +153,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("moe_layer_gpu.py needs a GPU")
+    if torch.cuda.get_device_capability() < (9, 0):
+        raise SystemExit("moe_layer_gpu.py needs compute capability 9.0: torch's grouped product, in a graph")
     results = {}
     for name, shape in SHAPES.items():
         print(f"{name} on {torch.cuda.get_device_name()}")

@@ -4,7 +4,9 @@
 // threads, and all lanes call a warp primitive together.
 //
 // A team is the blocks of one launch that see each other's shared memory: a cluster on sm_90, one block
-// before it.
+// before it. A barrier of the team is team_arrive, which publishes what the thread wrote, and team_wait;
+// team_leave instead of the former says no more than that the thread is done with its peers' memory, which
+// spares it a fence.
 #ifndef XSHARE_CUDA_DEVICE_CUH
 #define XSHARE_CUDA_DEVICE_CUH
 
@@ -71,6 +73,7 @@ XSHARE_DEVICE Type* of_peer(Type* shared, int rank) {
     return static_cast<Type*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
 }
 XSHARE_DEVICE void team_arrive() { __cluster_barrier_arrive(); }
+XSHARE_DEVICE void team_leave() { __cluster_barrier_arrive_relaxed(); }
 XSHARE_DEVICE void team_wait() { __cluster_barrier_wait(); }
 XSHARE_DEVICE void await_previous_kernel() { cudaGridDependencySynchronize(); }
 XSHARE_DEVICE void allow_next_kernel() { cudaTriggerProgrammaticLaunchCompletion(); }
@@ -84,6 +87,7 @@ XSHARE_DEVICE Type* of_peer(Type* shared, int) {
     return shared;
 }
 XSHARE_DEVICE void team_arrive() {}
+XSHARE_DEVICE void team_leave() {}
 XSHARE_DEVICE void team_wait() {}
 XSHARE_DEVICE void await_previous_kernel() {}
 XSHARE_DEVICE void allow_next_kernel() {}

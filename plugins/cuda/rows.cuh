@@ -132,6 +132,7 @@ XSHARE_DEVICE void propose(const RouteArgs& args) {
     const Workspace w(args);
     device::await_previous_kernel();
     device::allow_next_kernel();
+    if (args.stands_aside(w.totals->num_real_rows)) return;
     for (uint32_t request = static_cast<uint32_t>(device::block()); request < w.totals->num_requests;
          request += static_cast<uint32_t>(device::num_blocks())) {
         for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())

@@ -171,15 +171,14 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     const TeamSource<V> source(args, shared.gathered);
     merge_step(args, source, shared.deciding.selection);
     device::sync_block();
-    if (args.t.stats == nullptr)
-        device::team_arrive();  // this block is done with the shared memory of the others
+    if (args.t.stats == nullptr) device::team_leave();
     select_experts(args, shared.deciding.selection);
     refine_step(args, this_warp, team_warps, scored, shared, row);
     if (rank == 0) write_active_experts<V>(args, shared.deciding.selection.active);
     if (args.t.stats != nullptr) {
         device::sync_team();
         if (rank == 0) tally_step(args, source, shared);
-        device::team_arrive();
+        device::team_leave();
     }
     device::team_wait();
 }

@@ -91,6 +91,7 @@ XSHARE_DEVICE Type* of_peer(Type* shared, int rank) {
     return static_cast<Type*>(emulation::of_peer(shared, rank));
 }
 XSHARE_DEVICE void team_arrive() { emulation::arrive_team(); }
+XSHARE_DEVICE void team_leave() { emulation::arrive_team(); }
 XSHARE_DEVICE void team_wait() { emulation::wait_team(); }
 XSHARE_DEVICE void await_previous_kernel() {}
 XSHARE_DEVICE void allow_next_kernel() {}
