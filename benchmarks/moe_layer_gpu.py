@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "gpu"))
 
 from device_routing import Call, Inputs, Outputs, Settings  # noqa: E402
-from gpu_machine import write_report  # noqa: E402
+from gpu_report import time_graph, write_report  # noqa: E402
 
 LAYERS, REPLAYS = 4, 31
 BATCHES = (4, 8, 16, 32, 64)
@@ -72,23 +72,9 @@ class Layer:
         return torch.zeros_like(hidden).index_add_(0, rows, products)
 
 
-def time_in_graph(work: Callable[[], Any]) -> float:
+def time_per_layer(work: Callable[[], Any]) -> float:
     """Median microseconds of one layer; `work` runs LAYERS of them."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for replay in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(1e3 * start.elapsed_time(end) / LAYERS)
-    return statistics.median(times)
+    return time_graph(work, REPLAYS) / LAYERS
 
 
 def time_of_experts(shape: Shape, layers: list[Layer], num_tokens: int, num_active: int) -> float:
@@ -97,7 +83,7 @@ def time_of_experts(shape: Shape, layers: list[Layer], num_tokens: int, num_acti
     hidden = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
     ids = (torch.arange(num_tokens * top_k, device="cuda", dtype=torch.int32) % num_active).view(-1, top_k)
     weights = torch.full((num_tokens, top_k), 1 / top_k, device="cuda")
-    return time_in_graph(lambda: [layer(hidden, ids, weights) for layer in layers])
+    return time_per_layer(lambda: [layer(hidden, ids, weights) for layer in layers])
 
 
 def time_with_routing(shape: Shape, layers: list[Layer], num_tokens: int, budget: int) -> dict[str, float]:
@@ -115,7 +101,7 @@ def time_with_routing(shape: Shape, layers: list[Layer], num_tokens: int, budget
             ids, weights = call.outputs.tensors[:2]
             layer(hidden, ids, weights)
 
-    layer_us = time_in_graph(work)
+    layer_us = time_per_layer(work)
     active = [int((call.outputs.tensors[3] == 1).sum()) for call in calls]
     return {"layer_us": layer_us, "active_experts": statistics.mean(active)}
 

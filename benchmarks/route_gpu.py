@@ -15,7 +15,6 @@ in a model.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "gpu"))
 
 from device_routing import Call, Inputs, Outputs, Settings  # noqa: E402
-from gpu_machine import write_report  # noqa: E402
+from gpu_report import time_graph, write_report  # noqa: E402
 from route_baselines import FlashinferTopK, TritonTopK, route_torch  # noqa: E402
 
 CALLS_PER_GRAPH, INPUT_SETS, REPLAYS = 20, 4, 101
@@ -94,24 +93,8 @@ def empty_kernel(anything):
 
 def time_in_graph(work: Work) -> float:
     """Median microseconds per call."""
-    for i in range(INPUT_SETS):
-        work(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS_PER_GRAPH):
-            work(i % INPUT_SETS)
-    for _ in range(5):
-        graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / CALLS_PER_GRAPH)
-    return statistics.median(times)
+    calls = range(CALLS_PER_GRAPH)
+    return time_graph(lambda: [work(call % INPUT_SETS) for call in calls], REPLAYS) / CALLS_PER_GRAPH
 
 
 class Model:

@@ -1,16 +1,38 @@
-"""The report of a GPU benchmark, and what it ran on. Needs torch alone."""
+"""What the GPU benchmarks share: timing a captured graph, and a report that says what it ran on. Needs torch
+alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def time_graph(enqueue: Callable[[], Any], replays: int) -> float:
+    """Median microseconds of a replay of the graph that `enqueue` makes; it is run once before."""
+    enqueue()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        enqueue()
+    times = []
+    for replay in range(replays + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 3:
+            times.append(1e3 * start.elapsed_time(end))
+    return statistics.median(times)
 
 
 def write_report(path: Path, command: str, results: dict[str, Any], **more: Any) -> None:
