@@ -42,6 +42,7 @@ struct RouteArgs {
     XSHARE_METHOD bool needs_own_choice() const {
         return t.stats != nullptr || is_off() || (p.max_rows >= 0 && p.num_tokens > p.max_rows);
     }
+    XSHARE_METHOD bool is_marked_exempt(int row) const { return t.exempt != nullptr && t.exempt[row] != 0; }
     XSHARE_METHOD int gpu_of(int expert) const {
         const int gpu = t.expert_gpu == nullptr ? 0 : t.expert_gpu[expert];
         return gpu < 0 ? 0 : gpu < p.num_experts ? gpu : p.num_experts - 1;

@@ -26,7 +26,8 @@ XSHARE_DEVICE void clear(Gathered<V>& gathered) {
     for (int i = device::thread(); i < kWords; i += device::num_threads()) words[i] = 0;
 }
 
-// Stages 1 and 2 of one row: its own choice, its warm-up and its part of the sums.
+// Stages 1 and 2 of one row: its own choice, its warm-up and its part of the sums. Where its own choice is
+// the outcome whatever the others do, that is written.
 template <int V>
 XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gathered<V>& gathered) {
     score_row(args, index, row);
@@ -40,8 +41,7 @@ XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gat
         if (!shared) add_expert<V>(gathered.sets.exempt, own.id);
         if (shared && device::lane() < args.p.warmup) add_expert<V>(gathered.sets.warmup, own.id);
     }
-    if (args.is_off()) return write_row<V>(args, index, own, gathered.sets.after);
-    if (!shared) return;
+    if (args.is_off() || !shared) return write_row<V>(args, index, own, gathered.sets.after);
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         const uint32_t fixed = static_cast<uint32_t>(fixed_point(row.affinity[i]));

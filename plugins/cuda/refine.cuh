@@ -18,8 +18,8 @@ XSHARE_DEVICE uint32_t allowed_experts(bool keeps_all, bool padding, uint32_t ac
     return active & available;
 }
 
-// S holds what an exempt row activates, and everything that any row does where XShare stands aside: the best
-// of S are then the row's own choice.
+// S holds everything that any row activates where XShare stands aside: the best of S are then the row's own
+// choice.
 template <int V>
 XSHARE_DEVICE void refine_row(const RouteArgs& args, bool stands_aside, uint32_t active, int index,
                               Row<V>& row, uint32_t* after) {
@@ -29,7 +29,7 @@ XSHARE_DEVICE void refine_row(const RouteArgs& args, bool stands_aside, uint32_t
     const bool padding = !real || empty;
     if (padding) {
         write_padding_row<V>(args, index, active);
-    } else if (!args.is_off()) {
+    } else if (!args.is_off() && row.kind == RowKind::kShared) {
         XSHARE_UNROLL
         for (int i = 0; i < V; ++i) row.keys[i] = active >> i & 1 ? row.keys[i] : kUnavailable;
         write_row<V>(args, index, best_of(row.keys, args.p.top_k), after);
@@ -40,11 +40,11 @@ XSHARE_DEVICE void refine_row(const RouteArgs& args, bool stands_aside, uint32_t
     write_masked<V>(args, index, padding, allowed_experts(keeps_all, padding, active, row));
 }
 
-// Where XShare is off, a second look at a row is for its kind alone.
+// Where a row's own choice has been written, a second look at it is for its kind alone.
 template <int V>
 XSHARE_DEVICE void look_again(const RouteArgs& args, int index, Row<V>& row) {
     float logits[V];
-    if (!args.is_off()) return score_row(args, index, row);
+    if (!args.is_off() && !args.is_marked_exempt(index)) return score_row(args, index, row);
     row.kind = load_row(args, index, logits);
 }
 

@@ -122,7 +122,7 @@ XSHARE_DEVICE RowKind load_row(const RouteArgs& args, int index, float (&logits)
     uint32_t bits[V];
     load_bits(args, index, bits);
     const bool names_nobody = args.t.request_ids != nullptr && args.t.request_ids[index] < 0;
-    const bool exempt = args.t.exempt != nullptr && args.t.exempt[index] != 0;
+    const bool exempt = args.is_marked_exempt(index);
     bool finite = true;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
