@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/xshare demo
 
 test: .venv/ready
-	@echo "== the whole test suite (about 4 minutes on 2 cores)"
+	@echo "== the whole test suite (4 to 6 minutes on 2 cores)"
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/ready
