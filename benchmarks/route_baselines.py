@@ -138,7 +138,8 @@ class TritonTopK:
 
 
 class FlashinferTopK:
-    """flashinfer's routing of DeepSeek-V3 (its signature as in version 0.6; not yet run here)."""
+    """flashinfer's routing of DeepSeek-V3, called as flashinfer/fused_moe/fused_routing_dsv3.py has it at commit
+    051441a; not run yet."""
 
     def __init__(self, logits: Tensor, bias: Tensor, s: Settings) -> None:
         self.settings = s

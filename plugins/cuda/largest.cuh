@@ -83,12 +83,12 @@ XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Room& limit) {
     static_assert(kCount <= kMask, "a count takes 10 bits");
     Sum bound = 0;
     for (int b = (bits_of_largest(sums) - 1) & ~1; b >= 0; b -= 2) {
-        const Sum step = static_cast<Sum>(1) << b;
+        const Sum unit = static_cast<Sum>(1) << b;
         uint32_t less[3] = {};
         XSHARE_UNROLL
         for (int i = 0; i < V; ++i) {
             XSHARE_UNROLL
-            for (uint32_t d = 0; d < 3; ++d) less[d] += is_less(sums[i], bound | (d + 1) * step);
+            for (uint32_t d = 0; d < 3; ++d) less[d] += is_less(sums[i], bound | (d + 1) * unit);
         }
         const uint32_t packed = device::warp_add(less[0] | less[1] << 10 | less[2] << 20);
         uint32_t digit = 0, count = 0;
@@ -99,7 +99,7 @@ XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Room& limit) {
             digit = d + 1;
             count = from_here;
         }
-        bound |= digit * step;
+        bound |= digit * unit;
         if (count == limit.room) break;
     }
     return bound;

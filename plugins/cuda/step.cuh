@@ -8,10 +8,10 @@
 // barriers (about 20 ns each), the choice of S in one warp (about 5 rounds of 3 E / 32 comparisons and a warp
 // reduction, 70 ns each), k dependent picks (40 ns each) and the stores. An estimate of 3 us, nearly all of
 // it latency. Hence one warp per row: more rows are more warps, not more time, until the block is full. Then
-// there are more blocks (a cluster barrier is about 0.3 us), with half as many rows each: at 600 (E = 128,
-// k = 4) to 1600 (E = 384, k = 8) instructions per row, counted in the machine code, 16 warps keep the four
-// schedulers of a multiprocessor busy for 2400 to 6400 cycles, and 8 for half of it. Requests cost a barrier
-// and, in one warp each, the sum of their rows and a choice of their own: 0.5 to 1 us.
+// there are more blocks (a cluster barrier is about 0.3 us), with half as many rows each: at about 600
+// (E = 128, k = 4) to 1600 (E = 384, k = 8) instructions per row, estimated from the machine code, 16 warps
+// keep the four schedulers of a multiprocessor busy for 2400 to 6400 cycles, and 8 for half of it. Requests
+// cost a barrier and, in one warp each, the sum of their rows and a choice of their own: 0.5 to 1 us.
 #ifndef XSHARE_CUDA_STEP_CUH
 #define XSHARE_CUDA_STEP_CUH
 
