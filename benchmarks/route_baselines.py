@@ -138,8 +138,8 @@ class TritonTopK:
 
 
 class FlashinferTopK:
-    """flashinfer's routing of DeepSeek-V3, called as flashinfer/fused_moe/fused_routing_dsv3.py has it at commit
-    051441a; not run yet."""
+    """flashinfer's routing of DeepSeek-V3, not run yet: called as in its
+    flashinfer/fused_moe/fused_routing_dsv3.py at commit 051441a."""
 
     def __init__(self, logits: Tensor, bias: Tensor, s: Settings) -> None:
         self.settings = s
