@@ -27,9 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from xshare_trtllm import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation import attach, held_out, load_model, token_batches
-from xshare_trtllm.evaluation.attach import find_routers
-from xshare_trtllm.evaluation.shapes import shape
+from xshare_trtllm.evaluation import held_out, load_model, token_batches
 from xshare_trtllm.evaluation.traces import (
     SyntheticRouters,
     fit,
@@ -40,6 +38,9 @@ from xshare_trtllm.evaluation.traces import (
     simulate,
     statistics,
 )
+from xshare_trtllm.hf import attach
+from xshare_trtllm.hf.attach import find_routers
+from xshare_trtllm.planning.shapes import shape
 from xshare_trtllm.report import console, machine, write_aside, write_json
 from xshare_trtllm.routing import contiguous_placement
 

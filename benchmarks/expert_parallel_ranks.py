@@ -36,8 +36,9 @@ import torch.multiprocessing
 from rich.table import Table
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import Decoder, held_out, load_model, token_batches
-from xshare_trtllm.evaluation.expert_parallel import expert_parallel
+from xshare_trtllm.evaluation import held_out, load_model, token_batches
+from xshare_trtllm.hf import Decoder
+from xshare_trtllm.hf.expert_parallel import expert_parallel
 from xshare_trtllm.report import console, machine, write_json
 
 BATCH, PROMPT = 16, 32

@@ -20,7 +20,8 @@ import torch
 from rich.table import Table
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import Decoder, attach, held_out, load_model, token_batches
+from xshare_trtllm.evaluation import held_out, load_model, token_batches
+from xshare_trtllm.hf import Decoder, attach
 from xshare_trtllm.report import console, machine, write_json
 from xshare_trtllm.serving.metrics import INTERVAL, StatisticsClock
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from xshare_trtllm.evaluation.cost import (
+from xshare_trtllm.planning.cost import (
     GPUS,
     Assumptions,
     Predictor,
@@ -25,7 +25,7 @@ from xshare_trtllm.evaluation.cost import (
     fit_layer_overhead,
     validate,
 )
-from xshare_trtllm.evaluation.shapes import CONFIGS, ModelShape, shape
+from xshare_trtllm.planning.shapes import CONFIGS, ModelShape, shape
 from xshare_trtllm.report import console, machine, write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,7 +24,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import MODEL_DIR, Decoder, held_out, load_model
+from xshare_trtllm.evaluation import MODEL_DIR, held_out, load_model
+from xshare_trtllm.hf import Decoder
 from xshare_trtllm.report import console, machine, write_aside, write_json
 from xshare_trtllm.serving.engine import Engine
 from xshare_trtllm.serving.generation import Chunk, Limits, Request

@@ -19,7 +19,8 @@ import torch
 from rich.table import Table
 
 from xshare_trtllm import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation import attach, held_out, load_model, teacher_forced, token_batches, token_bytes
+from xshare_trtllm.evaluation import held_out, load_model, teacher_forced, token_batches, token_bytes
+from xshare_trtllm.hf import attach
 from xshare_trtllm.report import console, machine, write_json
 
 LENGTH, BATCH = 400, 16

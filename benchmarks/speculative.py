@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from xshare_trtllm import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation import (
-    Decoder,
     Quality,
     agreement,
-    attach,
     greedy_decode,
     held_out,
     load_model,
@@ -31,7 +29,8 @@ from xshare_trtllm.evaluation import (
     token_bytes,
 )
 from xshare_trtllm.evaluation.measure import one_thread
-from xshare_trtllm.evaluation.speculative import Speculation, speculative_decode
+from xshare_trtllm.hf import Decoder, attach
+from xshare_trtllm.hf.speculative import Speculation, speculative_decode
 from xshare_trtllm.report import console, machine, write_aside, write_json
 
 BATCH, DRAFT_LEN = 4, 3

@@ -3,7 +3,7 @@
 
 #include "error.h"
 
-// The numbers are those of xshare_trtllm/evaluation/shapes.py and of the shipped model's config.json.
+// The numbers are those of xshare_trtllm/planning/shapes.py and of the shipped model's config.json.
 const std::vector<Model>& models() {
     static const std::vector<Model> all = {
         {"xshare-moe-14m", 64, 8, XSHARE_SOFTMAX_RENORM, 1, 1, 1.0f, 256, 64, 2.0, 4},

@@ -18,7 +18,7 @@ import torch
 
 from xshare_trtllm import RouterSpec, XShareConfig, route
 from xshare_trtllm.config import SCORINGS
-from xshare_trtllm.evaluation import shapes
+from xshare_trtllm.planning import shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE, BUILD = ROOT / "benchmarks" / "runtime_cpp", ROOT / "build" / "runtime_cpp_tests"

@@ -10,7 +10,6 @@ import torch
 from xshare_trtllm import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation import (
     MODEL_DIR,
-    attach,
     held_out,
     load_model,
     teacher_forced,
@@ -18,6 +17,7 @@ from xshare_trtllm.evaluation import (
     token_bytes,
 )
 from xshare_trtllm.evaluation.training.data import load_recipe
+from xshare_trtllm.hf import attach
 
 LENGTH = 128
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import Decoder, attach, load_model
+from xshare_trtllm.evaluation import load_model
+from xshare_trtllm.hf import Decoder, attach
 from xshare_trtllm.serving import metrics
 from xshare_trtllm.serving.metrics import METRICS, PrometheusCollector, Statistics, StatisticsClock
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import MODEL_DIR, Decoder, attach, greedy_decode, held_out, load_model
+from xshare_trtllm.evaluation import MODEL_DIR, greedy_decode, held_out, load_model
+from xshare_trtllm.hf import Decoder, attach
 from xshare_trtllm.routing import contiguous_placement
 from xshare_trtllm.serving.engine import Engine, sample
 from xshare_trtllm.serving.generation import Busy, Chunk, Limits, Request

@@ -18,7 +18,8 @@ import pytest
 import torch
 from triton_client import Server, Stream, running_server, wait_for
 
-from xshare_trtllm.evaluation import Decoder, greedy_decode, load_model
+from xshare_trtllm.evaluation import greedy_decode, load_model
+from xshare_trtllm.hf import Decoder
 
 BUDGET = 32
 PROMPT = "The history of the"

@@ -14,8 +14,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation.attach import attach
-from xshare_trtllm.evaluation.decoder import Decoder
 from xshare_trtllm.evaluation.measure import (
     Quality,
     agreement,
@@ -24,6 +22,8 @@ from xshare_trtllm.evaluation.measure import (
     teacher_forced,
 )
 from xshare_trtllm.evaluation.model import MODEL_DIR, held_out, load_model, token_batches, token_bytes
+from xshare_trtllm.hf.attach import attach
+from xshare_trtllm.hf.decoder import Decoder
 from xshare_trtllm.report import machine, write_aside, write_json
 from xshare_trtllm.routing import contiguous_placement
 

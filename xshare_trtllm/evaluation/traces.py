@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation.attach import find_routers
 from xshare_trtllm.evaluation.model import MODEL_DIR
+from xshare_trtllm.hf.attach import find_routers
 from xshare_trtllm.report import write_json
 from xshare_trtllm.routing import route
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation.attach import attach
-from xshare_trtllm.evaluation.decoder import Decoder
+from xshare_trtllm.hf.attach import attach
+from xshare_trtllm.hf.decoder import Decoder
 from xshare_trtllm.routing import contiguous_placement
 from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request
 from xshare_trtllm.serving.metrics import Statistics, StatisticsClock

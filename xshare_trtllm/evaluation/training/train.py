@@ -1,6 +1,6 @@
-"""Train the shipped model: a small Qwen3-MoE on seven domains of text.
+"""Train a small MoE model of one of three router families on seven domains of text.
 
-    python -m xshare_trtllm.evaluation.training.train --data DIR --out MODEL_DIR
+    python -m xshare_trtllm.evaluation.training.train --data DIR --out MODEL_DIR [--family deepseek_v3]
 
 `DIR` is what `data.py` wrote. Writes a folder that `from_pretrained` loads (config, bf16 safetensors,
 tokenizer) and `training.json` (arguments, versions, loss curve as [step, loss, balance, seconds]) with its
@@ -25,13 +25,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 4096
 SEQUENCE = 512
 BATCH = 16
 BALANCE = 0.01  # weight of the load-balancing loss, which is 1 for a uniform load
+BIAS_STEP = 0.002  # of a correction bias towards a uniform load, per step
 
 
 def read_documents(path: Path) -> dict[str, list[str]]:
@@ -88,29 +89,72 @@ def batches(packed: dict[str, Tensor]) -> Iterator[Tensor]:
         yield torch.stack(rows)
 
 
-def new_model() -> Qwen3MoeForCausalLM:
-    """64 experts, top-8, in each of 4 layers; 14.5 million parameters, 3.5 million of them active for a
-    token."""
-    config: Any = Qwen3MoeConfig(  # type: ignore[call-arg,unused-ignore]
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,  # of dense layers: there are none
-        moe_intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+def new_model(family: str) -> Any:
+    """A model of 64 experts per MoE layer, with random weights.
+
+    qwen3_moe    softmax, renormalised; the shipped model: top-8, 14.5 million parameters, 3.5 million of
+                 them active for a token
+    olmoe        softmax, not renormalised: top-8, 5 million parameters
+    deepseek_v3  sigmoid, correction bias, 8 groups of which a token uses 4, a shared expert and a dense first
+                 layer: top-6, 5 million parameters
+    """
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_COMMON | _SHAPES[family])))
+
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "hidden_size": 256,
+        "intermediate_size": 512,  # of dense layers: there are none
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {
+        "hidden_size": 160,
+        "intermediate_size": 32,  # of an expert
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    "deepseek_v3": {
+        "hidden_size": 192,
+        "intermediate_size": 384,  # of the dense layer
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 64,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -163,14 +207,46 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 40, (steps - step) / (0.5 * steps))
 
 
-def balance_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
-    """Mean over layers of `E * sum_e load[e] * probability[e]` (Switch Transformer); 1 for a uniform load."""
-    losses = []
-    for logits in router_logits:
-        probability = logits.float().softmax(-1)
-        load = torch.bincount(probability.topk(top_k, -1).indices.flatten(), minlength=logits.shape[-1])
-        losses.append(logits.shape[-1] * (load / load.sum() * probability.mean(0)).sum())
-    return torch.stack(losses).mean()
+class Routers:
+    """The routers of a model while it trains: how evenly they load their experts, and what evens it out."""
+
+    def __init__(self, model: Any) -> None:
+        self._gates = [
+            module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")
+        ]
+        self._outputs: list[tuple[Tensor, Tensor]] = []
+        for gate in self._gates:
+            gate.register_forward_hook(self._note)
+        self.has_bias = hasattr(self._gates[0], "e_score_correction_bias")
+
+    def _note(self, _module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        self._outputs.append((output[0], output[2]))
+
+    def clear(self) -> None:
+        """Before a forward pass."""
+        self._outputs.clear()
+
+    def balance(self) -> Tensor:
+        """Mean over layers of `E * sum_e load[e] * probability[e]` (Switch Transformer); 1 for a uniform
+        load."""
+        losses = []
+        for logits, ids in self._outputs:
+            affinity = logits.float().sigmoid() if self.has_bias else logits.float().softmax(-1)
+            probability = affinity / affinity.sum(-1, keepdim=True)
+            losses.append(logits.shape[-1] * (_load(logits, ids) * probability.mean(0)).sum())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def move_biases(self) -> None:
+        """A step of each correction bias towards a uniform load (DeepSeek-V3, section 2.1.2)."""
+        for gate, (logits, ids) in zip(self._gates, self._outputs, strict=True):
+            excess = _load(logits, ids) - 1 / logits.shape[-1]
+            gate.e_score_correction_bias.sub_(BIAS_STEP * excess.sign())
+
+
+def _load(logits: Tensor, ids: Tensor) -> Tensor:
+    """The share of all choices that fall to each expert: [E], sum 1."""
+    return torch.bincount(ids.flatten(), minlength=logits.shape[-1]) / ids.numel()
 
 
 def keep_freed_memory() -> None:
@@ -182,13 +258,11 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_mmap_max, 0)
 
 
-def save(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path
-) -> None:
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path) -> None:
     """Write the model folder beside `out`, then swap it in."""
     aside = out.with_name(out.name + ".new")
     shutil.rmtree(aside, ignore_errors=True)
-    clone: Any = Qwen3MoeForCausalLM(model.config)
+    clone: Any = type(model)(model.config)
     clone.load_state_dict(model.state_dict())
     clone.to(torch.bfloat16).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
@@ -220,17 +294,18 @@ def plot_curve(record: dict[str, Any], path: Path) -> None:
     "--data", type=click.Path(exists=True, path_type=Path), required=True, help="folder that data.py wrote"
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="model folder to write")
+@click.option("--family", type=click.Choice(sorted(_SHAPES)), default="qwen3_moe", show_default=True)
 @click.option("--steps", default=800, show_default=True, help=f"of {BATCH * SEQUENCE} tokens each")
 @click.option("--lr", default=0.02, show_default=True, help="of Muon; AdamW takes 0.15 of it")
-def main(data: Path, out: Path, steps: int, lr: float) -> None:
-    """Train the shipped model."""
+def main(data: Path, out: Path, family: str, steps: int, lr: float) -> None:
+    """Train a small MoE model; the tokenizer is the same for every family."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keep_freed_memory()
     texts = read_documents(data / "train.jsonl")
     tokenizer = train_tokenizer(texts)
     packed = pack(texts, tokenizer)
     total = sum(rows.numel() for rows in packed.values())
-    model: Any = new_model()
+    model: Any = new_model(family)
     model.to(device)
     click.echo(
         f"{total / 1e6:.1f} million tokens, "
@@ -239,13 +314,12 @@ def main(data: Path, out: Path, steps: int, lr: float) -> None:
     chosen = optimizers(model, lr)
     base = [group["lr"] for optimizer in chosen for group in optimizer.param_groups]
     record: dict[str, Any] = {
-        "steps": steps, "batch": BATCH, "sequence": SEQUENCE, "lr": lr, "balance": BALANCE, "device": device,
+        "family": family, "steps": steps, "batch": BATCH, "sequence": SEQUENCE, "lr": lr,
+        "balance": BIAS_STEP if family == "deepseek_v3" else BALANCE, "device": device,
         "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine(),
         "curve": [],
     }  # fmt: skip
-    router_logits: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _module, _inputs, output: router_logits.append(output[0]))
+    routers = Routers(model)
     compiled: Any = torch.compile(model)
     started = time.monotonic()
     for step, batch in zip(range(steps), batches(packed), strict=False):
@@ -253,15 +327,17 @@ def main(data: Path, out: Path, steps: int, lr: float) -> None:
         for optimizer, rate in zip(chosen, base, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
         batch = batch.to(device)
-        router_logits.clear()
+        routers.clear()
         logits = compiled(input_ids=batch[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        balance = balance_loss(router_logits, model.config.num_experts_per_tok)
-        (loss + BALANCE * balance).backward()
+        balance = routers.balance()
+        (loss if routers.has_bias else loss + BALANCE * balance).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in chosen:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if routers.has_bias:
+            routers.move_biases()
         if step % 10 == 0 or step == steps - 1:
             seconds = time.monotonic() - started
             record["curve"].append([step, round(loss.item(), 4), round(balance.item(), 4), round(seconds)])

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from xshare_trtllm import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation import attach
-from xshare_trtllm.evaluation.attach import find_routers
+from xshare_trtllm.hf import attach
+from xshare_trtllm.hf.attach import find_routers
 
 VOCABULARY, BATCH, LENGTH = 96, 8, 12
 SHAPE = {

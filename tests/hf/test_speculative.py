@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import Decoder, attach, greedy_decode, held_out, load_model, token_batches
-from xshare_trtllm.evaluation.speculative import PromptLookup, speculative_decode
+from xshare_trtllm.evaluation import greedy_decode, held_out, load_model, token_batches
+from xshare_trtllm.hf import Decoder, attach
+from xshare_trtllm.hf.speculative import PromptLookup, speculative_decode
 
 STEPS, DRAFT_LEN, PROMPT = 16, 3, 96
 

@@ -15,15 +15,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from distributed_launch import join_group, launch, preload
 
 from xshare_trtllm import XShareConfig, ops
-from xshare_trtllm.evaluation import (
-    Decoder,
-    attach,
-    greedy_decode,
-    held_out,
-    load_model,
-    token_batches,
-)
-from xshare_trtllm.evaluation.expert_parallel import expert_parallel
+from xshare_trtllm.evaluation import greedy_decode, held_out, load_model, token_batches
+from xshare_trtllm.hf import Decoder, attach
+from xshare_trtllm.hf.expert_parallel import expert_parallel
 from xshare_trtllm.routing import contiguous_placement
 
 pytestmark = [

@@ -11,8 +11,8 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xshare_trtllm.evaluation.cost import Prediction, Predictor
-    from xshare_trtllm.evaluation.shapes import ModelShape
+    from xshare_trtllm.planning.cost import Prediction, Predictor
+    from xshare_trtllm.planning.shapes import ModelShape
 
 
 @click.command()
@@ -53,7 +53,7 @@ def predict(
     A calculation, not a measurement: its error against the public figures is printed below the table. With
     --expert-parallel the budget is spread evenly over the GPUs.
     """
-    from xshare_trtllm.evaluation.cost import GPUS, Parallel, Predictor
+    from xshare_trtllm.planning.cost import GPUS, Parallel, Predictor
     from xshare_trtllm.report import console
 
     try:
@@ -73,7 +73,7 @@ def predict(
 
 
 def _shape(model: str) -> ModelShape:
-    from xshare_trtllm.evaluation.shapes import ModelShape, shape
+    from xshare_trtllm.planning.shapes import ModelShape, shape
 
     if not model.endswith(".json"):
         return shape(model)
@@ -121,7 +121,7 @@ def _memory(predictor: Predictor) -> tuple[str, ...]:
 
 
 def _break_even(predictor: Predictor, budget: int, warmup: int) -> str:
-    from xshare_trtllm.evaluation.cost import BATCHES
+    from xshare_trtllm.planning.cost import BATCHES
 
     span = predictor.break_even(budget, warmup)
     if span is None:
@@ -133,7 +133,7 @@ def _break_even(predictor: Predictor, budget: int, warmup: int) -> str:
 
 
 def _error() -> str:
-    from xshare_trtllm.evaluation.cost import validate
+    from xshare_trtllm.planning.cost import validate
 
     pairs = [(published.gain, prediction.gain) for published, prediction in validate()]
     errors = [abs(theirs - ours) for theirs, ours in pairs]

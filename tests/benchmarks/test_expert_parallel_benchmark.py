@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import attach, token_batches
+from xshare_trtllm.evaluation import token_batches
+from xshare_trtllm.hf import attach
 from xshare_trtllm.routing import contiguous_placement
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "expert_parallel.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from xshare_trtllm.evaluation.cost import (
+from xshare_trtllm.planning.cost import (
     GPUS,
     PUBLISHED,
     Assumptions,
@@ -22,7 +22,7 @@ from xshare_trtllm.evaluation.cost import (
     validate,
     worthwhile,
 )
-from xshare_trtllm.evaluation.shapes import CONFIGS, ModelShape, shape
+from xshare_trtllm.planning.shapes import CONFIGS, ModelShape, shape
 
 SMALL = {
     "model_type": "qwen3_moe",

@@ -17,8 +17,8 @@ from math import ceil, floor
 from torch import Tensor
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation.shapes import ModelShape, shape
 from xshare_trtllm.evaluation.traces import ExpertLoad, SyntheticRouters, load_fit, simulate
+from xshare_trtllm.planning.shapes import ModelShape, shape
 from xshare_trtllm.routing import contiguous_placement
 
 VALUE_BYTES = 2  # of an activation or a cached key or value: bf16

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from xshare_trtllm import XShareConfig
-from xshare_trtllm.evaluation import Decoder, attach, greedy_decode
+from xshare_trtllm.evaluation import greedy_decode
+from xshare_trtllm.hf import Decoder, attach
 
 CONFIG = {
     "vocab_size": 96,

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from xshare_trtllm.cli import main
-from xshare_trtllm.evaluation.shapes import CONFIGS
+from xshare_trtllm.planning.shapes import CONFIGS
 
 
 def predict(*arguments):
@@ -85,7 +85,8 @@ def test_a_config_json_that_is_none(tmp_path):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from click.testing import CliRunner; from xshare_trtllm.predict import predict; "
+        "import sys; from click.testing import CliRunner; "
+        "from xshare_trtllm.planning.predict import predict; "
         "assert CliRunner().invoke(predict, ['--help']).exit_code == 0; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'rich')))"
     )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xshare_trtllm.evaluation.attach import Attachment
-from xshare_trtllm.evaluation.decoder import Decoder
+from xshare_trtllm.hf.attach import Attachment
+from xshare_trtllm.hf.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
