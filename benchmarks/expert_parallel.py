@@ -149,7 +149,7 @@ class Run:
     hits: Tensor
     ids: Tensor
     weights: Tensor
-    kept_affinity: float
+    kept_utility: float
     kept_choice: float
 
 
@@ -190,7 +190,7 @@ class ShippedModel:
             ):
                 logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
             hits.append(logits.argmax(-1) == tokens[:, 1:])
-            affinity += [layer.kept_affinity for layer in attached.stats]
+            affinity += [layer.kept_utility for layer in attached.stats]
             pairs = zip(outputs, order, strict=True)
             observed.append([_in_old_numbers(*output, old, batch) for output, old in pairs])
         logits, ids, weights = (
@@ -262,7 +262,7 @@ def measure_shipped(shipped: ShippedModel, settings: tuple[Setting, ...], progre
             "batch": s.batch,
             "accuracy_change": change,
             "standard_error": error,
-            "kept_affinity": run.kept_affinity,
+            "kept_utility": run.kept_utility,
             "kept_choice": run.kept_choice,
         }
         for placement in (s.placement,) if s.per_gpu else ("contiguous", "balanced"):

@@ -49,7 +49,7 @@ class Point:
     budget: int
     request_budget: int | None
     active_experts: float
-    kept_affinity: float
+    kept_utility: float
     bits_per_byte: float
     accuracy: float
     accuracy_change: float
@@ -91,7 +91,7 @@ def quality_curve(model: nn.Module, spec: RouterSpec, batches: list[Tensor], siz
                     config.budget,
                     config.request_budget,
                     mean(layer.experts_after for layer in stats),
-                    mean(layer.kept_affinity for layer in stats),
+                    mean(layer.kept_utility for layer in stats),
                     quality.bits_per_byte,
                     quality.accuracy,
                     quality.accuracy / base.accuracy - 1,

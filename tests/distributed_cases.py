@@ -66,7 +66,7 @@ def draw(seed: int, world: int) -> Case:
         warmup=rng.randint(1 if spec.num_groups > 1 else 0, spec.top_k),
         request_budget=rng.choice((None, rng.randint(1, experts + 1))),
         gpu_budget=rng.choice((None, rng.randint(1, max(1, experts // 4)))),
-        min_coverage=rng.choice((None, rng.uniform(0.05, 1.0), 0.5)),
+        coverage=rng.choice((None, rng.uniform(0.05, 1.0), 0.5)),
         max_rows=rng.choice((None, None, rng.randint(1, 5 * world))),
     )
     logits = draw_logits(rng, generator, total, experts).to(rng.choice(DTYPES))

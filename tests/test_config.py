@@ -42,7 +42,7 @@ def test_positional_construction():
         "warmup": 2,
         "request_budget": 12,
         "gpu_budget": 6,
-        "min_coverage": 0.9,
+        "coverage": 0.9,
         "max_rows": 48,
     }
     assert XShareConfig(24).warmup == 1
@@ -121,12 +121,12 @@ BUDGET = "budget must be a positive integer, or one positive integer per layer"
             "XShareConfig(gpu_budget=0): gpu_budget must be greater than or equal to 1",
         ),
         (
-            {"budget": 8, "min_coverage": 0},
-            "XShareConfig(min_coverage=0): min_coverage must be greater than 0",
+            {"budget": 8, "coverage": 0},
+            "XShareConfig(coverage=0): coverage must be greater than 0",
         ),
         (
-            {"budget": 8, "min_coverage": 1.01},
-            "XShareConfig(min_coverage=1.01): min_coverage must be less than or equal to 1",
+            {"budget": 8, "coverage": 1.01},
+            "XShareConfig(coverage=1.01): coverage must be less than or equal to 1",
         ),
         (
             {"budget": 8, "max_rows": 0},
@@ -173,7 +173,7 @@ def test_off():
     assert XShareConfig.off(SPEC).is_off(SPEC)
     assert not XShareConfig(127).is_off(SPEC)
     assert not XShareConfig([128, 127]).is_off(SPEC)
-    for limit in ({"request_budget": 8}, {"gpu_budget": 8}, {"min_coverage": 1.0}):
+    for limit in ({"request_budget": 8}, {"gpu_budget": 8}, {"coverage": 1.0}):
         assert not XShareConfig(128, **limit).is_off(SPEC)
 
 
@@ -199,7 +199,7 @@ def test_dict_holds_plain_values_only():
 
 
 def test_from_dict_refusals():
-    known = "budget, warmup, request_budget, gpu_budget, min_coverage, max_rows"
+    known = "budget, warmup, request_budget, gpu_budget, coverage, max_rows"
     assert refusal(XShareConfig.from_dict, {"bugdet": 24}) == (
         f"XShareConfig: unknown key 'bugdet'; known are {known}"
     )

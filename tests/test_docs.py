@@ -537,7 +537,7 @@ def test_the_step_by_hand_is_what_route_computes() -> None:
     assert f"reads {before} experts" in text and f"{after} experts are read instead of {before}" in text
     kept = affinity.sum(0)[active].sum()
     assert (
-        f"keeps {kept:.0f} of {affinity.sum():.0f} points of affinity, {shared.stats.kept_affinity:.1%}"
+        f"keeps {kept:.0f} of {affinity.sum():.0f} points of affinity, {shared.stats.kept_utility:.1%}"
         in (text.replace(" %", "%"))
     )
     for row, ids, weights in zip(

@@ -79,7 +79,7 @@ def calls(draw: st.DrawFn) -> Call:
         warmup=draw(st.integers(1 if num_groups > 1 else 0, top_k)),
         request_budget=maybe(st.integers(1, num_experts + 1)),
         gpu_budget=maybe(st.integers(1, num_experts)),
-        min_coverage=maybe(st.floats(0.01, 1.0)),
+        coverage=maybe(st.floats(0.01, 1.0)),
         max_rows=maybe(st.integers(1, 40)),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -143,7 +143,7 @@ def test_equals_reference_at_model_shapes(model: str, dtype: torch.dtype) -> Non
         XShareConfig(spec.num_experts // 4),
         XShareConfig(spec.num_experts // 4, request_budget=12),
         XShareConfig(spec.num_experts // 2, warmup=2, gpu_budget=spec.num_experts // 16),
-        XShareConfig(spec.num_experts, warmup=1, request_budget=20, gpu_budget=12, min_coverage=0.6),
+        XShareConfig(spec.num_experts, warmup=1, request_budget=20, gpu_budget=12, coverage=0.6),
     ):
         assert_matches_reference((logits, spec, config, extras))
 

@@ -161,6 +161,6 @@ def _budgets(config_path: Path | None, numbers: dict[str, Any]) -> XShareConfig:
         numbers["warmup"],
         numbers["request_budget"],
         numbers["gpu_budget"],
-        numbers["min_coverage"],
+        numbers["coverage"],
         numbers["max_rows"],
     )

@@ -11,9 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
+NO_LIMIT = 2**31 - 1
 
 Scoring = Literal["softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"]
 SCORINGS: tuple[str, ...] = get_args(Scoring)
+
+Utility = Literal["squared_weight", "affinity"]
+UTILITIES: tuple[str, ...] = get_args(Utility)
 
 
 class RouterSpec(BaseModel):
@@ -127,6 +131,8 @@ class RouterSpec(BaseModel):
 
 
 def _as_budget(value: object) -> object:
+    if value is None:
+        return None
     layers: object = value
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         layers = tuple(value)
@@ -139,33 +145,39 @@ def _as_budget(value: object) -> object:
 class XShareConfig(BaseModel):
     """What XShare may do in a layer and step. Immutable; check it against a router with `check`.
 
-    budget          experts that may be active in the layer (`m`), an int or one int per layer
+    budget          experts that may be active in the layer (`m`), an int or one per layer; None = no limit
     warmup          experts per token that are kept whatever the batch says (`k0`)
     request_budget  experts that one request proposes (`m_r`, speculative decoding); None = off
     gpu_budget      experts that may be active on one GPU (`m_g`, expert parallelism); None = no limit
-    min_coverage    stop adding experts once this share of the utility is kept, 0 < c <= 1; None = off
+    coverage        the share of the rows' utility that is enough (`c`), 0 < c <= 1; None = off. Where the GPU
+                    of each expert is given and `gpu_budget` is not, it sets that budget
     max_rows        with more real rows than this the model's own routing is the output; None = no limit
+    utility         what an expert is worth to a row: `squared_weight`, the square of its weight in the row's
+                    own top-k, or `affinity` (the paper's), the router's score of every expert
 
+    At least one of `coverage`, `budget` and `gpu_budget` must be set.
     Raises ValueError, naming the argument, its value and what is right.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    budget: Annotated[int | tuple[int, ...], BeforeValidator(_as_budget)]
+    budget: Annotated[int | tuple[int, ...] | None, BeforeValidator(_as_budget)] = None
     warmup: int = Field(default=1, ge=0)
     request_budget: int | None = Field(default=None, ge=1)
     gpu_budget: int | None = Field(default=None, ge=1)
-    min_coverage: float | None = Field(default=None, gt=0, le=1)
+    coverage: float | None = Field(default=None, gt=0, le=1)
     max_rows: int | None = Field(default=None, ge=1)
+    utility: Utility = "squared_weight"
 
     def __init__(
         self,
-        budget: int | Iterable[int],
+        budget: int | Iterable[int] | None = None,
         warmup: int = 1,
         request_budget: int | None = None,
         gpu_budget: int | None = None,
-        min_coverage: float | None = None,
+        coverage: float | None = None,
         max_rows: int | None = None,
+        utility: str = "squared_weight",
     ) -> None:
         _validated(
             super().__init__,
@@ -174,9 +186,19 @@ class XShareConfig(BaseModel):
             warmup=warmup,
             request_budget=request_budget,
             gpu_budget=gpu_budget,
-            min_coverage=min_coverage,
+            coverage=coverage,
             max_rows=max_rows,
+            utility=utility,
         )
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> XShareConfig:
+        if (self.budget, self.gpu_budget, self.coverage) == (None, None, None):
+            raise ValueError(
+                "XShareConfig: nothing is limited; set coverage (0.97 = keep 97 % of what rows ask for), "
+                "budget or gpu_budget"
+            )
+        return self
 
     @classmethod
     def off(cls, spec: RouterSpec) -> XShareConfig:
@@ -185,14 +207,35 @@ class XShareConfig(BaseModel):
 
     def is_off(self, spec: RouterSpec) -> bool:
         """True where this configuration of one layer can never change the routing."""
-        limits = (self.request_budget, self.gpu_budget, self.min_coverage)
-        return _smallest(self.budget) >= spec.num_experts and limits == (None, None, None)
+        limits = (self.request_budget, self.gpu_budget, self.coverage)
+        return (
+            limits == (None, None, None)
+            and self.budget is not None
+            and min(self._budgets()) >= spec.num_experts
+        )
+
+    @property
+    def layer_budget(self) -> int:
+        """The budget of a layer as a number, NO_LIMIT where there is none.
+
+        Raises ValueError where the budgets are one per layer: `for_layer` gives one layer's configuration.
+        """
+        if isinstance(self.budget, tuple):
+            raise ValueError(
+                "XShareConfig(budget=one per layer): a layer needs its own configuration, config.for_layer(i)"
+            )
+        return NO_LIMIT if self.budget is None else min(self.budget, NO_LIMIT)
+
+    def _budgets(self) -> tuple[int, ...]:
+        if self.budget is None:
+            return ()
+        return self.budget if isinstance(self.budget, tuple) else (self.budget,)
 
     def for_layer(self, layer: int) -> XShareConfig:
         """The configuration of MoE layer number `layer` (from 0): the same, with that layer's one budget."""
         if layer < 0:
             raise ValueError(f"XShareConfig.for_layer({layer}): layers count from 0")
-        if isinstance(self.budget, int):
+        if not isinstance(self.budget, tuple):
             return self
         if layer >= len(self.budget):
             raise ValueError(
@@ -203,15 +246,12 @@ class XShareConfig(BaseModel):
 
     def check(self, spec: RouterSpec) -> None:
         """Raises ValueError where this configuration does not fit the router."""
-        if isinstance(self.budget, int):
-            if self.budget < spec.top_k:
-                raise _wrong(self, "budget", f"budget must be at least top_k={spec.top_k}")
-        else:
-            for layer, budget in enumerate(self.budget):
-                if budget < spec.top_k:
-                    raise ValueError(
-                        f"XShareConfig(budget[{layer}]={budget}): budget must be at least top_k={spec.top_k}"
-                    )
+        for layer, budget in enumerate(self._budgets()):
+            if budget < spec.top_k:
+                where = f"budget[{layer}]" if isinstance(self.budget, tuple) else "budget"
+                raise ValueError(
+                    f"XShareConfig({where}={budget}): budget must be at least top_k={spec.top_k}"
+                )
         if self.warmup > spec.top_k:
             raise _wrong(self, "warmup", f"warmup must be at most top_k={spec.top_k}")
         if self.warmup == 0 and spec.num_groups > 1:
@@ -230,15 +270,13 @@ class XShareConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> XShareConfig:
-        """Raises ValueError for keys that are not known, by name, and for a missing budget."""
+        """Raises ValueError for keys that are not known, by name, and where nothing is limited."""
         if not isinstance(values, Mapping):
             raise ValueError(f"XShareConfig: expected keys and values, got {type(values).__name__}")
         known = tuple(cls.model_fields)
         unknown = [repr(key) for key in values if key not in known]
         if unknown:
             raise ValueError(f"XShareConfig: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
-        if "budget" not in values:
-            raise ValueError("XShareConfig: budget is missing")
         return cls(**values)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
@@ -262,10 +300,6 @@ class XShareConfig(BaseModel):
         except yaml.YAMLError as error:
             raise ValueError(f"XShareConfig: not valid YAML: {error}") from error
         return cls.from_dict(values)
-
-
-def _smallest(budget: int | tuple[int, ...]) -> int:
-    return budget if isinstance(budget, int) else min(budget)
 
 
 def _wrong(model: BaseModel, field: str, problem: str) -> ValueError:

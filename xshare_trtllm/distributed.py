@@ -246,9 +246,9 @@ def _select(totals: _Totals, gpu: Tensor, config: XShareConfig) -> Tensor:
         fits = fits & ((same_gpu & (counted | (earlier & fits))).sum(dim=1) < config.gpu_budget)
     earlier = earlier & fits
     added = fits & (counted.sum() + earlier.sum(dim=1) < config.budget)
-    if config.min_coverage is not None:
+    if config.coverage is not None:
         covered = (u * included).sum() + (u * earlier).sum(dim=1)
-        added = added & (covered.double() < config.min_coverage * u.sum().double())
+        added = added & (covered.double() < config.coverage * u.sum().double())
     return included | added
 
 

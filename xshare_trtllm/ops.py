@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xshare_trtllm.config import SCORINGS, RouterSpec, XShareConfig
+from xshare_trtllm.config import NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
 
 LIBRARY = Path(__file__).parent / "lib" / "libxshare.so"
 CUDA_LIBRARY = Path(os.environ.get("XSHARE_CUDA_LIBRARY", LIBRARY.with_name("libxshare_cuda.so")))
@@ -29,25 +29,26 @@ HOW_TO_BUILD_CUDA = "is not built: run `XSHARE_CUDA=1 pip install .` where nvcc 
 NUM_STATS = 8
 
 _SCORING_CODES = {name: code for code, name in enumerate(SCORINGS)}
+_UTILITY_CODES = {name: code for code, name in enumerate(UTILITIES)}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
 _CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
 
-_PARAMS = struct.Struct("@I6if6id")  # xshare_route_params
+_PARAMS = struct.Struct("@I6if7id")  # xshare_route_params
 _TENSORS = struct.Struct("@I10P")  # xshare_route_tensors
 _EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
 _EXPERTS_TENSORS = struct.Struct("@I6P")  # xshare_experts_tensors
 
 _SETTINGS = (
     "int top_k, str scoring, int num_groups, int top_k_groups, float routed_scaling_factor, "
-    "int budget, int warmup, int request_budget, int gpu_budget, int max_rows, float min_coverage"
+    "int budget, int warmup, int request_budget, int gpu_budget, int max_rows, str utility, float coverage"
 )
 _INPUTS = (
     "Tensor router_logits, Tensor? correction_bias, Tensor? request_ids, Tensor? exempt, Tensor? expert_gpu"
 )
 
 # What the operators take after the tensors, in the order of _SETTINGS. What is off is 0, max_rows -1.
-Settings = tuple[int, str, int, int, float, int, int, int, int, int, float]
+Settings = tuple[int, str, int, int, float, int, int, int, int, int, str, float]
 
 
 def available() -> bool:
@@ -67,11 +68,6 @@ def version() -> str:
 
 def settings(spec: RouterSpec, config: XShareConfig) -> Settings:
     """The plain numbers of one layer's `spec` and `config` that the operators take after the tensors."""
-    budget = config.budget
-    if not isinstance(budget, int):
-        raise ValueError(
-            "XShareConfig(budget=one per layer): route needs one layer's configuration, config.for_layer(i)"
-        )
     max_rows = config.max_rows
     return (
         spec.top_k,
@@ -79,12 +75,13 @@ def settings(spec: RouterSpec, config: XShareConfig) -> Settings:
         spec.num_groups,
         spec.top_k_groups,
         spec.routed_scaling_factor,
-        min(budget, _INT32_MAX),
+        config.layer_budget,
         config.warmup,
-        min(config.request_budget or 0, _INT32_MAX),
-        min(config.gpu_budget or 0, _INT32_MAX),
-        -1 if max_rows is None else min(max_rows, _INT32_MAX),
-        config.min_coverage or 0.0,
+        min(config.request_budget or 0, NO_LIMIT),
+        min(config.gpu_budget or 0, NO_LIMIT),
+        -1 if max_rows is None else min(max_rows, NO_LIMIT),
+        config.utility,
+        config.coverage or 0.0,
     )
 
 
@@ -326,15 +323,18 @@ def _check_device(name: str, tensor: Tensor | None, device: torch.device) -> Non
 
 def pack_params(num_tokens: int, num_experts: int, dtype: torch.dtype, values: Settings) -> bytes:
     """An `xshare_route_params` for this shape and what `settings` returned."""
-    top_k, scoring, num_groups, top_k_groups, scale, *budgets = values
+    top_k, scoring, num_groups, top_k_groups, scale, *budgets, utility, coverage = values
     code = _SCORING_CODES.get(scoring)
+    utility_code = _UTILITY_CODES.get(utility)
     dtype_code = _DTYPE_CODES.get(dtype)
     if code is None:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, not {scoring!r}")
+    if utility_code is None:
+        raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, not {utility!r}")
     if dtype_code is None:
         raise ValueError(f"router_logits: dtype must be float32, bfloat16 or float16, got {dtype}")
     shape = (num_tokens, num_experts, top_k, code, num_groups, top_k_groups)
-    return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype_code, *budgets)
+    return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype_code, *budgets, utility_code, coverage)
 
 
 _packed_params = lru_cache(maxsize=1024)(pack_params)

@@ -25,7 +25,7 @@ class RoutingStats:
     """What one call did. `before` is the model's own routing, `after` this one; padding never counts.
 
     experts_before, experts_after    distinct experts of the layer in use
-    kept_affinity                    share of the affinity that the active experts keep, 0 to 1
+    kept_utility                     share of the rows' utility that the active experts keep, 0 to 1
     warmup_overflow                  experts by which the warm-up exceeds the budgets (0: it fits)
     peak_gpu_before, peak_gpu_after  distinct experts on the GPU that has most of them
     rows                             real rows
@@ -34,7 +34,7 @@ class RoutingStats:
 
     experts_before: int
     experts_after: int
-    kept_affinity: float
+    kept_utility: float
     warmup_overflow: int
     peak_gpu_before: int
     peak_gpu_after: int
@@ -43,7 +43,7 @@ class RoutingStats:
 
     @classmethod
     def decode(cls, raw: Tensor) -> RoutingStats:
-        """From the int64 [8] of a backend: experts before and after, affinity kept, in total (fixed point),
+        """From the int64 [8] of a backend: experts before and after, utility kept, in total (fixed point),
         overflow, two peaks, and the rows with `stood_aside` in bit 32."""
         before, after, kept, total, overflow, peak_before, peak_after, rows = raw.tolist()
         stood_aside = bool(rows >> 32)
@@ -51,7 +51,7 @@ class RoutingStats:
         return cls(
             experts_before=before,
             experts_after=after,
-            kept_affinity=1.0 if whole else kept / total,
+            kept_utility=1.0 if whole else kept / total,
             warmup_overflow=overflow,
             peak_gpu_before=peak_before,
             peak_gpu_after=peak_after,
@@ -96,13 +96,15 @@ def route(
 
     All stages of XShare (Vankov et al., arXiv 2602.07265), as the configuration switches them on.
 
-    router_logits    [T, E] fp32, bf16 or fp16
+    router_logits    [T, E] fp32, bf16 or fp16; -inf bans an expert from a row. A row with NaN, +inf or fewer
+                     than k experts to choose from is treated as padding
     correction_bias  [E] float, added to the ranking score (`sigmoid_bias` only; default zeros)
     request_ids      [T] int, the request of each row, >= 0; -1 = padding (default: every row is real)
     exempt           [T] bool, rows that keep their own top-k (prefill)
-    expert_gpu       [E] int, the GPU (or other group) that holds each expert, 0 <= g < E
+    expert_gpu       [E] int, the GPU (or other group) that holds each expert, 0 <= g < E. Where the
+                     configuration has a coverage and no gpu_budget, it then limits the fullest GPU
     backend          `reference`, `native`, or `auto`: native where it is built for the tensors' device
-    check            also refuse rows with NaN or infinite logits; otherwise such a row is treated as padding
+    check            also refuse rows with NaN or +inf
 
     Raises ValueError where the arguments do not fit together.
     """
@@ -201,7 +203,7 @@ def check_shapes(
 @lru_cache(maxsize=4096)
 def check_layer(spec: RouterSpec, config: XShareConfig) -> None:
     """Raises ValueError where `config` is not one layer's, or does not fit the router."""
-    if not isinstance(config.budget, int):
+    if isinstance(config.budget, tuple):
         raise ValueError(
             "XShareConfig(budget=one per layer): route needs one layer's configuration, config.for_layer(i)"
         )
@@ -225,9 +227,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_finite(router_logits: Tensor) -> None:
-    bad = (~router_logits.isfinite()).any(dim=-1).nonzero().flatten().tolist()
+    wrong = router_logits.isnan() | (router_logits == torch.inf)
+    bad = wrong.any(dim=-1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"router_logits: row {bad[0]} has NaN or infinite logits ({len(bad)} such rows)")
+        raise ValueError(f"router_logits: row {bad[0]} has NaN or +inf ({len(bad)} such rows)")
 
 
 def check_values(

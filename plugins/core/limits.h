@@ -7,7 +7,7 @@ namespace xshare {
 
 constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 16;
-// An affinity is at most 1, so a column sum is at most 2^20 * 2^20 = 2^40: room for the expert id beside it
+// A utility is at most 1, so a column sum is at most 2^20 * 2^20 = 2^40: room for the expert id beside it
 // (ordering.h).
 constexpr int kMaxTokens = 1 << 20;
 constexpr int kWorkspaceAlignment = 64;  // bytes

@@ -83,9 +83,11 @@ XSHARE_FN float softmax_scale(uint64_t sum_of_terms, int n) {
     return div_rn(1.0f, static_cast<float>(exact));
 }
 
-// round(affinity * 2^20), half away from zero, for 0 <= affinity <= 1.
-XSHARE_FN int32_t fixed_point(float affinity) {
-    const float x = mul_rn(affinity, 1048576.0f);
+// round(utility * 2^20), half away from zero, for 0 <= utility <= 1. An error of at most 2^-21 per utility:
+// the k squared weights of a row, which sum to 1 / k or more, lose at most k^2 2^-21 of their sum (1.2e-4 for
+// k = 16).
+XSHARE_FN int32_t fixed_point(float utility) {
+    const float x = mul_rn(utility, 1048576.0f);
     const int32_t whole = static_cast<int32_t>(x);
     return whole + (sub_rn(x, static_cast<float>(whole)) >= 0.5f ? 1 : 0);
 }

@@ -112,8 +112,10 @@ inline xshare_status check_budgets(const xshare_route_params& p, Message& messag
         return refuse(message, bad, "request_budget must be positive (0 = off), not %d", p.request_budget);
     if (p.gpu_budget < 0)
         return refuse(message, bad, "gpu_budget must be positive (0 = off), not %d", p.gpu_budget);
-    if (!(p.min_coverage >= 0.0 && p.min_coverage <= 1.0))
-        return refuse(message, bad, "min_coverage must be in 0..1 (0 = off), not %g", p.min_coverage);
+    if (p.utility < XSHARE_SQUARED_WEIGHT || p.utility > XSHARE_AFFINITY)
+        return refuse(message, bad, "utility must be in 0..1 (xshare_utility), not %d", p.utility);
+    if (!(p.coverage >= 0.0 && p.coverage <= 1.0))
+        return refuse(message, bad, "coverage must be in 0..1 (0 = off), not %g", p.coverage);
     return XSHARE_OK;
 }
 

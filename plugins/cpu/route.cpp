@@ -94,17 +94,28 @@ class Router {
     // Stage 0.
     void classify_rows() {
         for (int row = 0; row < p_.num_tokens; ++row) {
-            const bool padding = (t_.request_ids != nullptr && t_.request_ids[row] == -1) ||
-                                 !kernels_.all_finite(logits_of(row), p_.logits_dtype, p_.num_experts);
+            const bool padding =
+                (t_.request_ids != nullptr && t_.request_ids[row] == -1) || !has_own_choice(row);
             const bool exempt = t_.exempt != nullptr && t_.exempt[row] != 0;
             kinds_[row] = padding ? RowKind::kPadding : exempt ? RowKind::kExempt : RowKind::kShared;
             num_real_rows_ += !padding;
         }
     }
 
+    // Whether the row is free of NaN and +inf and leaves its own routing k experts.
+    bool has_own_choice(int row) {
+        const int finite = kernels_.count_finite(logits_of(row), p_.logits_dtype, p_.num_experts);
+        if (finite < p_.top_k) return false;
+        if (finite == p_.num_experts || p_.num_groups == 1) return true;
+        kernels_.score(p_, logits_of(row), t_.correction_bias, scores_, spare_keys_);
+        int available = 0;
+        for (int e = 0; e < p_.num_experts; ++e) available += spare_keys_[e] != kUnavailable;
+        return available >= p_.top_k;
+    }
+
     bool stands_aside() const {
-        const bool unlimited = p_.budget >= p_.num_experts && p_.gpu_budget == 0 && p_.request_budget == 0 &&
-                               p_.min_coverage == 0.0;
+        const bool unlimited =
+            p_.budget >= p_.num_experts && p_.gpu_budget == 0 && p_.request_budget == 0 && p_.coverage == 0.0;
         return unlimited || (p_.max_rows >= 0 && num_real_rows_ > p_.max_rows);
     }
 
@@ -131,7 +142,19 @@ class Router {
             return;
         }
         for (int j = 0; j < std::min(own.count, p_.warmup); ++j) warmup_experts_.add(own.ids[j]);
-        kernels_.accumulate(scores_.affinity, p_.num_experts, sums);
+        if (p_.utility == XSHARE_AFFINITY)
+            kernels_.accumulate(scores_.affinity, p_.num_experts, sums);
+        else
+            add_squared_weights(row, own, sums);
+    }
+
+    void add_squared_weights(int row, const Picks& own, int64_t* sums) const {
+        float weights[kMaxTopK];
+        const float sum = unnormalised_weights(row, own, weights);
+        for (int j = 0; j < own.count && sum > 0.0f; ++j) {
+            const float weight = div_rn(weights[j], sum);
+            sums[own.ids[j]] += fixed_point(mul_rn(weight, weight));
+        }
     }
 
     // Stage 3: the rows of one request after each other.
@@ -161,25 +184,37 @@ class Router {
         for (int i = 0; i < num_active_; ++i) allowed_[active_ids_[i]] = 1;
     }
 
-    // Stage 5.
+    // Stage 5. With a warm-up, S has an expert of every row.
     void refine_rows() {
         const bool need_picks =
-            t_.expert_ids != nullptr || t_.expert_weights != nullptr || t_.stats != nullptr;
+            t_.expert_ids != nullptr || t_.expert_weights != nullptr || t_.stats != nullptr || p_.warmup == 0;
         for (int row = 0; row < p_.num_tokens; ++row) {
             if (kinds_[row] != RowKind::kShared) continue;
-            if (num_active_ == 0) {
-                kinds_[row] = RowKind::kPadding;
-                after_.add(0);  // what a padding row names where S is empty
-                continue;
-            }
             int32_t* keys = keys_of(row);
             if (row >= layout_.kept_rows)
                 kernels_.score(p_, logits_of(row), t_.correction_bias, scores_, keys);
-            if (need_picks) write_row(row, pick_active(keys));
+            if (need_picks) {
+                const Picks picks = pick_active(keys);
+                if (picks.count == 0) {
+                    make_padding(row);
+                    continue;
+                }
+                write_row(row, picks);
+            }
             if (t_.masked_logits != nullptr)
                 kernels_.mask(logits_of(row), p_.logits_dtype, allowed_, keys, p_.num_experts,
                               masked_of(row));
         }
+    }
+
+    // A row that finds nothing in S; what it will name counts.
+    void make_padding(int row) {
+        kinds_[row] = RowKind::kPadding;
+        for (int j = 0; j < p_.top_k; ++j) after_.add(padding_id(j));
+    }
+
+    int32_t padding_id(int slot) const {
+        return num_active_ > 0 ? active_ids_[std::min(slot, num_active_ - 1)] : 0;
     }
 
     Picks pick_active(const int32_t* keys) {
@@ -203,11 +238,7 @@ class Router {
     }
 
     void write_weights(int row, const Picks& picks, float* weights) const {
-        float sum = 0.0f;
-        for (int j = 0; j < picks.count; ++j) {
-            weights[j] = unnormalised_weight(row, picks, j);
-            sum = add_rn(sum, weights[j]);
-        }
+        const float sum = unnormalised_weights(row, picks, weights);
         const bool normalise = p_.scoring != XSHARE_SOFTMAX;
         for (int j = 0; j < p_.top_k; ++j) {
             float weight = j < picks.count ? weights[j] : 0.0f;
@@ -216,19 +247,29 @@ class Router {
         }
     }
 
+    // Returns their sum, added up in the order of the slots.
+    float unnormalised_weights(int row, const Picks& picks, float* weights) const {
+        float sum = 0.0f;
+        for (int j = 0; j < picks.count; ++j) {
+            weights[j] = unnormalised_weight(row, picks, j);
+            sum = add_rn(sum, weights[j]);
+        }
+        return sum;
+    }
+
     float unnormalised_weight(int row, const Picks& picks, int j) const {
         if (p_.scoring == XSHARE_SIGMOID_BIAS) return sigmoid_fixed(logit_at(row, picks.ids[j]));
         if (p_.scoring != XSHARE_TOPK_SOFTMAX) return key_score(picks.keys[j]);
         return exp_fixed(sub_rn(key_score(picks.keys[j]), key_score(picks.keys[0])));
     }
 
-    // Padding, rows that are not finite, and rows for which S is empty: they activate nothing new.
+    // Padding, and rows that find nothing in S: they activate nothing new.
     void write_padding_rows() {
         for (int row = 0; row < p_.num_tokens; ++row) {
             if (kinds_[row] != RowKind::kPadding) continue;
             const size_t first = static_cast<size_t>(row) * static_cast<size_t>(p_.top_k);
             for (int j = 0; t_.expert_ids != nullptr && j < p_.top_k; ++j)
-                t_.expert_ids[first + j] = num_active_ > 0 ? active_ids_[std::min(j, num_active_ - 1)] : 0;
+                t_.expert_ids[first + j] = padding_id(j);
             if (t_.expert_weights != nullptr) std::fill_n(t_.expert_weights + first, p_.top_k, 0.0f);
             if (t_.masked_logits != nullptr) write_padding_logits(masked_of(row));
         }
@@ -255,8 +296,8 @@ class Router {
         }
         t_.stats[XSHARE_STAT_EXPERTS_BEFORE] = before_.size();
         t_.stats[XSHARE_STAT_EXPERTS_AFTER] = after_.size();
-        t_.stats[XSHARE_STAT_KEPT_AFFINITY] = kept;
-        t_.stats[XSHARE_STAT_TOTAL_AFFINITY] = total;
+        t_.stats[XSHARE_STAT_KEPT_UTILITY] = kept;
+        t_.stats[XSHARE_STAT_TOTAL_UTILITY] = total;
         t_.stats[XSHARE_STAT_WARMUP_OVERFLOW] = selection_.warmup_overflow;
         t_.stats[XSHARE_STAT_PEAK_GPU_BEFORE] = peak_experts_per_gpu(before_, t_.expert_gpu, p_.num_experts);
         t_.stats[XSHARE_STAT_PEAK_GPU_AFTER] = peak_experts_per_gpu(after_, t_.expert_gpu, p_.num_experts);

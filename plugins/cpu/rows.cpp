@@ -73,24 +73,24 @@ XSHARE_FN void put(Lanes (&keys)[kCount], int32_t place, int32_t key) {
     for (int i = 0; i < kCount; ++i, these += kLanes) keys[i] = these == place ? Lanes{} + key : keys[i];
 }
 
-static bool all_finite(const void* logits, int32_t dtype, int n) {
+static int count_finite(const void* logits, int32_t dtype, int n) {
+    int finite = 0, banned = 0;
     if (dtype == XSHARE_FLOAT32) {
-        const int32_t* bits = static_cast<const int32_t*>(logits);
-        int32_t largest = 0;
+        const uint32_t* bits = static_cast<const uint32_t*>(logits);
         for (int i = 0; i < n; ++i) {
-            const int32_t exponent = bits[i] & 0x7f800000;
-            largest = exponent > largest ? exponent : largest;
+            finite += (bits[i] & 0x7f800000u) != 0x7f800000u;
+            banned += bits[i] == 0xff800000u;
         }
-        return largest < 0x7f800000;
+        return finite + banned == n ? finite : -1;
     }
     const uint16_t infinity = dtype == XSHARE_BFLOAT16 ? 0x7f80 : 0x7c00;
+    const uint16_t minus_infinity = static_cast<uint16_t>(infinity | 0x8000);
     const uint16_t* bits = static_cast<const uint16_t*>(logits);
-    uint16_t largest = 0;
     for (int i = 0; i < n; ++i) {
-        const uint16_t exponent = bits[i] & infinity;
-        largest = exponent > largest ? exponent : largest;
+        finite += (bits[i] & infinity) != infinity;
+        banned += bits[i] == minus_infinity;
     }
-    return largest < infinity;
+    return finite + banned == n ? finite : -1;
 }
 
 static void widen(const void* logits, int32_t dtype, int n, float* out) {
@@ -117,7 +117,7 @@ static void softmax(const float* logits, const int32_t* keys, int n, float* affi
     for (int i = 0; i < n; ++i) affinity[i] = mul_rn(affinity[i], scale);
 }
 
-// Best plus second best of a group, which has at least two.
+// Best plus second best of a group; unavailable where it has no two.
 static int32_t best_two_key(const int32_t* keys, int n) {
     Lanes firsts = Lanes{} + kUnavailable, seconds = firsts;
     int i = 0;
@@ -136,6 +136,7 @@ static int32_t best_two_key(const int32_t* keys, int n) {
         take(seconds[lane]);
     }
     for (; i < n; ++i) take(keys[i]);
+    if (second == kUnavailable) return kUnavailable;
     return score_key(add_rn(key_score(first), key_score(second)));
 }
 
@@ -208,6 +209,8 @@ static void score(const xshare_route_params& params, const void* logits, const f
         if (params.scoring != XSHARE_TOPK_SOFTMAX)
             for (int i = 0; i < n; ++i) keys[i] = float_bits(affinity[i]);
     }
+    const float lowest = -3.402823466e+38f;
+    for (int i = 0; i < n; ++i) keys[i] = z[i] < lowest ? kUnavailable : keys[i];
     for (int i = n; i < padded(n); ++i) keys[i] = kUnavailable;
     if (params.num_groups > 1) limit_groups(params, keys);
 }
@@ -239,7 +242,7 @@ static void mask(const void* logits, int32_t dtype, const int32_t* allowed, cons
 #define XSHARE_STRING(x) #x
 #define XSHARE_NAME(x) XSHARE_STRING(x)
 extern const RowKernels kernels;
-const RowKernels kernels = {XSHARE_NAME(XSHARE_ISA), all_finite, score, accumulate, top_k, add, mask};
+const RowKernels kernels = {XSHARE_NAME(XSHARE_ISA), count_finite, score, accumulate, top_k, add, mask};
 
 }  // namespace XSHARE_ISA
 }  // namespace xshare

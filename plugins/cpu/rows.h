@@ -24,11 +24,11 @@ struct RowScores {
 struct RowKernels {
     const char* name;
 
-    // Whether none of the `n` logits is NaN or infinite.
-    bool (*all_finite)(const void* logits, int32_t dtype, int n);
+    // How many of the `n` logits are finite; -1 if one is NaN or +inf.
+    int (*count_finite)(const void* logits, int32_t dtype, int n);
 
     // Scores one row: `scores`, and the keys of R in `keys` [padded(num_experts)], kUnavailable outside the
-    // row's groups.
+    // row's groups and where the logit is -inf.
     void (*score)(const xshare_route_params& params, const void* logits, const float* bias, RowScores& scores,
                   int32_t* keys);
 

@@ -18,7 +18,7 @@ struct Selection {
     int warmup_overflow = 0;
 };
 
-// Stage 4. `expert_gpu` may be NULL where gpu_budget is off.
+// Stage 4. `expert_gpu` may be NULL where gpu_budget is off; where it is given, coverage sets gpu_budget.
 Selection select_experts(const xshare_route_params& params, const int64_t* utility,
                          const ExpertSet& exempt_experts, const ExpertSet& warmup_experts,
                          const int32_t* expert_gpu);

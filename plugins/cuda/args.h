@@ -33,7 +33,7 @@ struct RouteArgs {
     // XShare is off whatever the rows are: the model's own routing needs no second look at them.
     XSHARE_METHOD bool is_off() const {
         return p.budget >= p.num_experts && p.gpu_budget == 0 && p.request_budget == 0 &&
-               p.min_coverage == 0.0;
+               p.coverage == 0.0;
     }
     XSHARE_METHOD bool stands_aside(uint32_t num_real_rows) const {
         return is_off() || (p.max_rows >= 0 && num_real_rows > static_cast<uint32_t>(p.max_rows));

@@ -105,8 +105,8 @@ XSHARE_DEVICE void write_stats(const RouteArgs& args, const Source& source, uint
     int64_t* stats = args.t.stats;
     stats[XSHARE_STAT_EXPERTS_BEFORE] = num_before;
     stats[XSHARE_STAT_EXPERTS_AFTER] = num_after;
-    stats[XSHARE_STAT_KEPT_AFFINITY] = static_cast<int64_t>(tally.kept);
-    stats[XSHARE_STAT_TOTAL_AFFINITY] = static_cast<int64_t>(tally.total);
+    stats[XSHARE_STAT_KEPT_UTILITY] = static_cast<int64_t>(tally.kept);
+    stats[XSHARE_STAT_TOTAL_UTILITY] = static_cast<int64_t>(tally.total);
     stats[XSHARE_STAT_WARMUP_OVERFLOW] = overflow;
     stats[XSHARE_STAT_PEAK_GPU_BEFORE] = peak_before;
     stats[XSHARE_STAT_PEAK_GPU_AFTER] = peak_after;

@@ -104,8 +104,8 @@ XSHARE_DEVICE void fill_budget(const RouteArgs& args, Selection<V, Sum>& s) {
     }
     const uint32_t room = less_or_none(args.p.budget, count_warmup(counted_experts(s), args.p.budget, s));
     uint32_t added = 0;
-    if (args.p.min_coverage > 0.0) {
-        const double enough = args.p.min_coverage * as_double(device::warp_add_wide(total));
+    if (args.p.coverage > 0.0) {
+        const double enough = args.p.coverage * as_double(device::warp_add_wide(total));
         added = take_largest(sums, RoomAndCoverage{room, device::warp_add_wide(covered), enough});
     } else {
         added = take_largest(sums, Room{room});

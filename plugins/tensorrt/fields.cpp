@@ -35,7 +35,7 @@ constexpr FieldSpec kFields[] = {
     {"request_budget", Kind::kInteger, false, offsetof(Settings, params.request_budget)},
     {"gpu_budget", Kind::kInteger, false, offsetof(Settings, params.gpu_budget)},
     {"max_rows", Kind::kInteger, false, offsetof(Settings, params.max_rows)},
-    {"min_coverage", Kind::kDouble, false, offsetof(Settings, params.min_coverage)},
+    {"coverage", Kind::kDouble, false, offsetof(Settings, params.coverage)},
     {"has_correction_bias", Kind::kSwitch, false, offsetof(Settings, has_correction_bias)},
     {"has_request_ids", Kind::kSwitch, false, offsetof(Settings, has_request_ids)},
     {"has_exempt", Kind::kSwitch, false, offsetof(Settings, has_exempt)},

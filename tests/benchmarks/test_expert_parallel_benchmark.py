@@ -85,7 +85,7 @@ def test_counts_are_those_of_the_routing(shipped, setting):
     stats = attached.stats
     assert peaks["peak_experts"] == pytest.approx(sum(s.peak_gpu_after for s in stats) / 4, rel=1e-4)
     assert peaks["active_experts"] == pytest.approx(sum(s.experts_after for s in stats) / 4, rel=1e-4)
-    assert run.kept_affinity == pytest.approx(sum(s.kept_affinity for s in stats) / 4, rel=1e-3)
+    assert run.kept_utility == pytest.approx(sum(s.kept_utility for s in stats) / 4, rel=1e-3)
     assert 0.5 < run.kept_choice < 1
 
 

@@ -44,7 +44,7 @@ def test_report_table_and_picture(short, tmp_path):
     assert (own["active_ratio"], own["accuracy_ratio"], own["greedy_agreement"]) == (1, 1, 1)
     assert flat["active_experts"] <= 24 + flat["warmup_overflow"] < own["active_experts"]
     assert per_gpu["peak_gpu_experts"] < flat["peak_gpu_experts"] < own["peak_gpu_experts"]
-    assert 0 < flat["kept_affinity"] < own["kept_affinity"] == 1
+    assert 0 < flat["kept_utility"] < own["kept_utility"] == 1
     assert all(setting["tokens_per_second"] > 0 for setting in report["settings"])
     for text in ("own routing", "budget 24", "3 per GPU"):
         assert text in result.output

@@ -114,8 +114,8 @@ def test_drawn_routers_behave_like_the_traces(recorded):
     for batch in (8, 16):
         experts = sum(one["distinct_experts"][batch] for one in drawn) / 3
         assert experts == pytest.approx(traces["distinct_experts"][batch], rel=0.04)
-        kept = sum(one["kept_affinity"][batch] for one in drawn) / 3
-        assert kept == pytest.approx(traces["kept_affinity"][batch], abs=0.03)
+        kept = sum(one["kept_utility"][batch] for one in drawn) / 3
+        assert kept == pytest.approx(traces["kept_utility"][batch], abs=0.03)
     overlap = {name: sum(one["overlap"][name] for one in drawn) / 3 for name in ("1", "16", "other")}
     assert overlap["1"] > overlap["16"] > overlap["other"] > 8 / 64
 
@@ -149,11 +149,11 @@ def test_simulate_equals_the_routing_statistics():
     spec = RouterSpec(16, 2, "softmax_renorm")
     placement = contiguous_placement(16, 4).expand(2, -1)
     own = simulate(logits, spec, XShareConfig.off(spec), placement, 4)
-    assert (own.kept_affinity, own.kept_choice) == (1, 1)
+    assert (own.kept_utility, own.kept_choice) == (1, 1)
     assert own.experts == pytest.approx(float(own_choice(logits, 2).any(2).sum(-1).float().mean()))
     shared = simulate(logits, spec, XShareConfig(16, warmup=0, gpu_budget=1), placement, 4)
     assert shared.peak_experts == 1 and shared.experts <= 4
-    assert 0 < shared.kept_affinity < shared.kept_choice < 1
+    assert 0 < shared.kept_utility < shared.kept_choice < 1
 
 
 def test_kept_choice_by_hand():

@@ -59,7 +59,7 @@ class Settings:
     request_budget: int = 0
     gpu_budget: int = 0
     max_rows: int = -1
-    min_coverage: float = 0.0
+    coverage: float = 0.0
 
     def pack(self, logits: Tensor) -> bytes:
         top_k, scoring, groups, top_k_groups, scale, *budgets = astuple(self)

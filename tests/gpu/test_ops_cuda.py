@@ -25,7 +25,7 @@ if not ops.available():
 
 MODELS = {
     "gpt-oss": (RouterSpec(128, 4, "topk_softmax"), XShareConfig(24)),
-    "qwen3": (RouterSpec(128, 8, "softmax_renorm"), XShareConfig(32, warmup=2, min_coverage=0.9)),
+    "qwen3": (RouterSpec(128, 8, "softmax_renorm"), XShareConfig(32, warmup=2, coverage=0.9)),
     "deepseek-v3": (
         RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
         XShareConfig(64, request_budget=24, gpu_budget=10),

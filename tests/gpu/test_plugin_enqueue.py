@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 EXPERTS, TOP_K = 64, 6
 SPEC = RouterSpec(EXPERTS, TOP_K, "sigmoid_bias", 8, 4, 2.5)
-CONFIG = XShareConfig(20, request_budget=12, gpu_budget=6, min_coverage=0.95, max_rows=400)
+CONFIG = XShareConfig(20, request_budget=12, gpu_budget=6, coverage=0.95, max_rows=400)
 FIELDS = {
     "num_experts": EXPERTS,
     "top_k": TOP_K,
@@ -33,7 +33,7 @@ FIELDS = {
     "budget": 20,
     "request_budget": 12,
     "gpu_budget": 6,
-    "min_coverage": 0.95,
+    "coverage": 0.95,
     "max_rows": 400,
     "has_correction_bias": 1,
     "has_request_ids": 1,

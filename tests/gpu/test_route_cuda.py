@@ -48,14 +48,14 @@ def budgets(settings: Settings, num_experts: int) -> list[Settings]:
         change(**base | {"budget": quarter}),
         change(**base | {"budget": quarter, "request_budget": k + 4}),
         change(**base | {"budget": 2 * quarter, "gpu_budget": max(1, num_experts // 16), "warmup": 2}),
-        change(**base | {"budget": num_experts, "min_coverage": 0.7}),
+        change(**base | {"budget": num_experts, "coverage": 0.7}),
         change(
             **base
             | {
                 "budget": num_experts,
                 "request_budget": 20,
                 "gpu_budget": 12,
-                "min_coverage": 0.6,
+                "coverage": 0.6,
                 "max_rows": 300,
             }
         ),

@@ -58,7 +58,7 @@ KERNELS = {
     "mixtral": kernel(RouterSpec(8, 2, "softmax_renorm"), XShareConfig(4), "HALF", 33, "SM80", "request_ids"),
     "deepseek-v2": kernel(
         RouterSpec(160, 6, "softmax", 8, 3, 16.0),
-        XShareConfig(48, min_coverage=0.9, max_rows=20),
+        XShareConfig(48, coverage=0.9, max_rows=20),
         "BF16",
         40,
         "SM90",

@@ -88,7 +88,7 @@ CONFIGS = {  # each stage alone, then all of them
     "all warm-up": XShareConfig(5, warmup=3),
     "requests": XShareConfig(8, request_budget=3),
     "GPUs": XShareConfig(8, gpu_budget=2),
-    "coverage": XShareConfig(14, min_coverage=0.5),
+    "coverage": XShareConfig(14, coverage=0.5),
     "rows": XShareConfig(6, max_rows=4),
     "all": XShareConfig(9, 1, 5, 3, 0.75, 12),
 }
@@ -177,7 +177,7 @@ def test_one_node_with_the_fields_of_the_plugin() -> None:
     (node,) = model.graph.node
     assert (node.domain, node.op_type, list(node.input)) == ("xshare", "XShareRouting", _all_names())
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    assert attributes.pop("min_coverage") == np.float32(0.9)
+    assert attributes.pop("coverage") == np.float32(0.9)
     assert attributes == {
         "plugin_version": b"1",
         "plugin_namespace": b"xshare",

@@ -91,8 +91,8 @@ def test_onnx_body(gpu: str) -> None:
 
 
 def test_coverage_is_refused() -> None:
-    spec, config = RouterSpec(32, 4, "softmax"), XShareConfig(8, min_coverage=0.9)
-    with pytest.raises(ValueError, match=r"min_coverage=0\.9\): TensorRT layers have no float64"):
+    spec, config = RouterSpec(32, 4, "softmax"), XShareConfig(8, coverage=0.9)
+    with pytest.raises(ValueError, match=r"coverage=0\.9\): TensorRT layers have no float64"):
         from_layers(spec, config, GraphInputs(), Log())
 
 

@@ -130,7 +130,7 @@ xshare_route_params random_params() {
     p.warmup = one_in(2) ? std::min(1, p.top_k) : between(p.num_groups > 1 ? 1 : 0, p.top_k);
     p.request_budget = one_in(3) ? between(1, one_in(2) ? 8 : p.num_experts + 1) : 0;
     p.gpu_budget = one_in(3) ? between(1, one_in(2) ? 4 : p.num_experts) : 0;
-    p.min_coverage = one_in(3) ? static_cast<double>(bits() % 1000 + 1) / 1000.0 : 0.0;
+    p.coverage = one_in(3) ? static_cast<double>(bits() % 1000 + 1) / 1000.0 : 0.0;
     p.max_rows = one_in(5) ? between(0, 12) : -1;
     return p;
 }
@@ -296,7 +296,7 @@ void print_call(const Call& call, const Machine& m) {
         "exempt=%d | team=%d "
         "step=%d rows=%d x %d block_rows=%d team_rows=%d max_block_rows=%d\n",
         p.num_tokens, p.num_experts, p.top_k, p.scoring, p.logits_dtype, p.top_k_groups, p.num_groups,
-        p.budget, p.warmup, p.request_budget, p.gpu_budget, p.min_coverage, p.max_rows,
+        p.budget, p.warmup, p.request_budget, p.gpu_budget, p.coverage, p.max_rows,
         !call.request_ids.empty(), !call.exempt.empty(), m.max_team_size, m.max_step_threads, m.row_threads,
         m.max_row_blocks, m.block_rows, m.team_rows, m.max_block_rows);
 }

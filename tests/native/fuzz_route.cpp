@@ -32,7 +32,7 @@ xshare_route_params sane_params() {
     p.request_budget = one_in(2) ? 0 : between(1, p.num_experts + 1);
     p.gpu_budget = one_in(2) ? 0 : between(1, p.num_experts);
     p.max_rows = one_in(4) ? between(0, 20) : -1;
-    p.min_coverage = one_in(2) ? 0.0 : (bits() % 1000 + 1) / 1000.0;
+    p.coverage = one_in(2) ? 0.0 : (bits() % 1000 + 1) / 1000.0;
     return p;
 }
 
@@ -44,7 +44,7 @@ xshare_route_params random_params() {
         const int32_t value = extreme();  // into any of the 13 four-byte fields from num_tokens to max_rows
         memcpy(reinterpret_cast<unsigned char*>(&p) + 4 + 4 * (bits() % 13), &value, sizeof value);
     }
-    if (one_in(30)) fill_random(&p.min_coverage, sizeof p.min_coverage);
+    if (one_in(30)) fill_random(&p.coverage, sizeof p.coverage);
     if (one_in(50)) p.struct_size = static_cast<uint32_t>(extreme());
     return p;
 }
@@ -71,7 +71,7 @@ void tame_logits(void* logits, const xshare_route_params& p) {
 [[noreturn]] void fail(const char* what, const xshare_route_params& p) {
     printf("%s: T=%d E=%d k=%d scoring=%d dtype=%d groups=%d/%d m=%d k0=%d m_r=%d m_g=%d c=%g\n", what,
            p.num_tokens, p.num_experts, p.top_k, p.scoring, p.logits_dtype, p.top_k_groups, p.num_groups,
-           p.budget, p.warmup, p.request_budget, p.gpu_budget, p.min_coverage);
+           p.budget, p.warmup, p.request_budget, p.gpu_budget, p.coverage);
     exit(1);
 }
 
@@ -89,7 +89,7 @@ void check_outputs(const xshare_route_params& p, const xshare_route_tensors& t) 
             fail("a weight is not finite", p);
     if (t.stats == nullptr) return;
     if (t.stats[XSHARE_STAT_EXPERTS_AFTER] > p.num_experts) fail("more experts after than there are", p);
-    if (t.stats[XSHARE_STAT_KEPT_AFFINITY] > t.stats[XSHARE_STAT_TOTAL_AFFINITY])
+    if (t.stats[XSHARE_STAT_KEPT_UTILITY] > t.stats[XSHARE_STAT_TOTAL_UTILITY])
         fail("kept more affinity than there is", p);
 }
 

@@ -49,7 +49,7 @@ def cases(draw, **fixed):
         warmup=draw(st.integers(0 if groups == 1 else 1, k)),
         request_budget=draw(st.sampled_from([None, 1, 3])),
         gpu_budget=draw(st.sampled_from([None, 1, 2])),
-        min_coverage=draw(st.sampled_from([None, 0.5, 0.9])),
+        coverage=draw(st.sampled_from([None, 0.5, 0.9])),
         max_rows=draw(st.sampled_from([None, None, 6])),
     )
     config = config.model_copy(update=fixed)
@@ -162,20 +162,20 @@ def test_laminar_greedy_optimum(u, warm, free, gpu, budget, gpu_budget):
 def test_route_keeps_the_most_affinity_of_all_sets(seed, budget, scoring):
     """From logits to the set, with the affinities computed independently in fp64."""
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)) * 2
-    result = route(logits, RouterSpec(8, 2, scoring), XShareConfig(budget, warmup=0, min_coverage=1.0))
+    result = route(logits, RouterSpec(8, 2, scoring), XShareConfig(budget, warmup=0, coverage=1.0))
     affinity = logits.double().softmax(-1) if scoring == "softmax" else logits.double().sigmoid()
     g = affinity.sum(0)
     best = max(float(g[list(s)].sum()) for s in combinations(range(8), budget)) / float(g.sum())
     # Each of the 40 affinities is rounded to a multiple of 2^-20.
-    assert result.stats.kept_affinity == pytest.approx(best, abs=40 * 2**-20)
+    assert result.stats.kept_utility == pytest.approx(best, abs=40 * 2**-20)
     assert result.active_experts.sum() == budget
     assert float(g[result.active_experts].sum() / g.sum()) == pytest.approx(best, abs=40 * 2**-20)
 
 
 @settings(max_examples=100, deadline=None)
 @given(u=utilities, warm=expert_sets, coverage=st.sampled_from([0.25, 0.5, 0.75, 0.9, 1.0]))
-def test_min_coverage_adds_no_more_than_it_needs(u, warm, coverage):
-    config = XShareConfig(8, min_coverage=coverage)
+def test_coverage_adds_no_more_than_it_needs(u, warm, coverage):
+    config = XShareConfig(8, coverage=coverage)
     gpu, none = torch.zeros(8, dtype=torch.int64), mask_of((), 8)
     chosen = ids_of(stages.select(torch.tensor(u), none, mask_of(warm, 8), gpu, config))
     added, kept = chosen - warm, sum(u[e] for e in chosen)
@@ -280,12 +280,12 @@ def test_statistics_recount_the_output(case):
     assert (stats.experts_before, stats.experts_after) == (len(before), len(after))
     assert (stats.peak_gpu_before, stats.peak_gpu_after) == (peak(before), peak(after))
     assert stats.rows == int(real.sum())
-    assert 0 <= stats.kept_affinity <= 1
+    assert 0 <= stats.kept_utility <= 1
     assert stats.stood_aside == (
         config.is_off(spec) or (config.max_rows is not None and stats.rows > config.max_rows)
     )
     if stats.stood_aside:
-        assert (stats.kept_affinity, stats.warmup_overflow) == (1.0, 0)
+        assert (stats.kept_utility, stats.warmup_overflow) == (1.0, 0)
         assert torch.equal(result.expert_ids[real], own.expert_ids[real])
         assert torch.equal(result.expert_weights[real], own.expert_weights[real])
         assert ids_of(result.active_experts) == before
@@ -440,7 +440,7 @@ def test_exempt_experts_are_free_and_exempt_affinity_does_not_count():
     assert result.expert_ids[0].tolist() == [6, 7]
     # Only the two participating rows' affinity: nearly all of 0 (twice) and of 1 (once of two).
     share = 1 / (1 + torch.e**-1)
-    assert result.stats.kept_affinity == pytest.approx(share + (1 - share) / 2, abs=1e-4)
+    assert result.stats.kept_utility == pytest.approx(share + (1 - share) / 2, abs=1e-4)
     assert result.stats.rows == 3
 
 
@@ -504,7 +504,7 @@ def test_an_empty_set_leaves_rows_idle():
     assert not result.active_experts.any()
     assert result.expert_ids.tolist() == [[0, 0]] * 2
     assert not result.expert_weights.any()
-    assert result.stats.kept_affinity == 1.0
+    assert result.stats.kept_utility == 1.0
     assert not mask_logits(logits, spec, config).any()
 
 

@@ -123,11 +123,11 @@ def test_limits_that_bind_nothing_change_nothing(name, seed):
     """Through every stage, not by standing aside."""
     router, spec, bias = random_router(name, seed, torch.float32)
     n = spec.num_experts
-    config = XShareConfig(n, gpu_budget=n, request_budget=n, min_coverage=1.0)
+    config = XShareConfig(n, gpu_budget=n, request_budget=n, coverage=1.0)
     arguments = {"expert_gpu": torch.arange(n) % 4, "request_ids": torch.arange(16) // 2}
     _, result = assert_own_routing(router, spec, bias, config, torch.float32, seed + 1, **arguments)
     assert not result.stats.stood_aside
-    assert result.stats.kept_affinity == 1.0
+    assert result.stats.kept_utility == 1.0
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "mixtral", "olmoe, renormalised", "qwen3_moe"])

@@ -32,7 +32,7 @@ def legal() -> list[Fields]:
         if groups > 1:
             fields |= {"num_groups": groups, "top_k_groups": 2}
         for bit, option in enumerate(
-            ({"request_budget": 6}, {"gpu_budget": 3}, {"min_coverage": 0.9}, {"max_rows": 48})
+            ({"request_budget": 6}, {"gpu_budget": 3}, {"coverage": 0.9}, {"max_rows": 48})
         ):
             fields |= option if stages >> bit & 1 else {}
         fields["has_request_ids"] = int("request_budget" in fields or inputs & 1)
@@ -47,9 +47,9 @@ def legal() -> list[Fields]:
         DEEPSEEK,
         {"num_experts": 1, "top_k": 1, "scoring": "softmax", "budget": 1, "warmup": 0},
         {"num_experts": 512, "top_k": 16, "scoring": "softmax", "budget": 2**31 - 1, "warmup": 16},
-        GPT_OSS | {"budget": (INT64, [24]), "min_coverage": (FLOAT32, [0.5]), "max_rows": 0},
+        GPT_OSS | {"budget": (INT64, [24]), "coverage": (FLOAT32, [0.5]), "max_rows": 0},
         GPT_OSS | {"routed_scaling_factor": (FLOAT64, [1.5]), "scoring": "topk_softmax\0\0"},
-        GPT_OSS | {"min_coverage": 1.0, "routed_scaling_factor": 1e-30, "max_rows": -5},
+        GPT_OSS | {"coverage": 1.0, "routed_scaling_factor": 1e-30, "max_rows": -5},
     ]
 
 
@@ -77,9 +77,9 @@ def illegal() -> list[tuple[Fields, str]]:
         (GPT_OSS | {"request_budget": 8}, "request_budget=8 needs request_ids"),
         (GPT_OSS | {"gpu_budget": 8}, "gpu_budget=8 needs expert_gpu"),
         (GPT_OSS | {"has_correction_bias": 1}, "correction_bias belongs to sigmoid_bias scoring alone"),
-        (GPT_OSS | {"min_coverage": 1.5}, "min_coverage must be in 0..1"),
-        (GPT_OSS | {"min_coverage": -0.1}, "min_coverage must be in 0..1"),
-        (GPT_OSS | {"min_coverage": nan}, "min_coverage must be in 0..1"),
+        (GPT_OSS | {"coverage": 1.5}, "coverage must be in 0..1"),
+        (GPT_OSS | {"coverage": -0.1}, "coverage must be in 0..1"),
+        (GPT_OSS | {"coverage": nan}, "coverage must be in 0..1"),
         (GPT_OSS | {"routed_scaling_factor": inf}, "routed_scaling_factor must be finite"),
         (GPT_OSS | {"routed_scaling_factor": (FLOAT64, [1e300])}, "routed_scaling_factor must be finite"),
         (GPT_OSS | {"num_groups": 2}, "topk_softmax has no expert groups"),
@@ -95,7 +95,7 @@ def illegal() -> list[tuple[Fields, str]]:
         (GPT_OSS | {"top_k": (INT32, [])}, "field top_k has no value"),
         (GPT_OSS | {"top_k": None}, "field top_k has no value"),
         (GPT_OSS | {"top_k": (FLOAT32, [4.0])}, "field top_k must be an int32 or int64"),
-        (GPT_OSS | {"min_coverage": (INT32, [1])}, "field min_coverage must be a float32 or float64"),
+        (GPT_OSS | {"coverage": (INT32, [1])}, "field coverage must be a float32 or float64"),
         (GPT_OSS | {"top_k": "4"}, "field top_k must be an int32 or int64"),
         ({}, "field num_experts is missing"),
     ]

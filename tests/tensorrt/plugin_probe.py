@@ -40,7 +40,7 @@ def encode(name: str, value: Any) -> tuple[int, np.ndarray | None]:
     if isinstance(value, tuple):
         kind, dtype = _NUMPY[value[0]]
         return kind, np.array(value[1], dtype)
-    kind = {"min_coverage": "float64", "routed_scaling_factor": "float32"}.get(name, "int32")
+    kind = {"coverage": "float64", "routed_scaling_factor": "float32"}.get(name, "int32")
     return encode(name, (kind, [value]))
 
 

@@ -18,10 +18,10 @@ from xshare_trtllm.trtllm.engine import load_plugin, make_plugin, plugin_fields
 
 CASES = (
     (RouterSpec(8, 2, "topk_softmax"), XShareConfig(4), GraphInputs(exempt=True)),
-    (RouterSpec(60, 4, "softmax"), XShareConfig(2**40, min_coverage=0.9), GraphInputs(exempt=True)),
+    (RouterSpec(60, 4, "softmax"), XShareConfig(2**40, coverage=0.9), GraphInputs(exempt=True)),
     (
         RouterSpec(160, 6, "softmax", 8, 3, 16.0),
-        XShareConfig(40, 2, request_budget=20, gpu_budget=9, min_coverage=0.75, max_rows=256),
+        XShareConfig(40, 2, request_budget=20, gpu_budget=9, coverage=0.75, max_rows=256),
         GraphInputs(request_ids=True, exempt=True, expert_gpu=True),
     ),
     (RouterSpec(160, 6, "softmax_renorm", 8, 3), XShareConfig(40), GraphInputs(True, True, True, True)),

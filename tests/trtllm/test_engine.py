@@ -66,7 +66,7 @@ def test_contract_modes(moe: dict[str, Any], fields: tuple[Any, ...], tmp_path: 
 def test_contract_record(tmp_path: Path) -> None:
     """config.json keeps what TensorRT-LLM wrote and says what XShare did."""
     checkpoint(tmp_path)
-    build(tmp_path, "--dry_run", *options(tmp_path, budget=5, warmup=2, min_coverage=None, max_rows=64))
+    build(tmp_path, "--dry_run", *options(tmp_path, budget=5, warmup=2, coverage=None, max_rows=64))
     values = json.loads((tmp_path / "engine" / "config.json").read_text())
     assert values["version"] == "1.2.1" and values["pretrained_config"]["num_hidden_layers"] == 2
     xshare = values["xshare"]

@@ -107,7 +107,7 @@ def test_contract_every_method(name: str, trtllm: Any) -> None:
 
     off = XShareMoeRoutingMethod(method, EXPERTS, XShareConfig(EXPERTS))
     assert_same(off.apply(logits), (own_ids, own_weights))
-    unlimited = XShareMoeRoutingMethod(method, EXPERTS, XShareConfig(EXPERTS, min_coverage=1.0))
+    unlimited = XShareMoeRoutingMethod(method, EXPERTS, XShareConfig(EXPERTS, coverage=1.0))
     ids, weights = unlimited.apply(logits)
     order, own_order = ids.argsort(), own_ids.argsort()
     assert torch.equal(ids.gather(1, order), own_ids.gather(1, own_order))

@@ -21,7 +21,7 @@ from xshare_trtllm import RouterSpec, XShareConfig, ops
 pytestmark = pytest.mark.skipif(not ops.available(), reason="libxshare.so is not built: pip install -e .")
 
 SPEC = RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5)
-CONFIG = XShareConfig(48, warmup=2, request_budget=20, gpu_budget=12, min_coverage=0.9, max_rows=100)
+CONFIG = XShareConfig(48, warmup=2, request_budget=20, gpu_budget=12, coverage=0.9, max_rows=100)
 STREAM = 0x5EED0
 ROUTE_TENSORS = struct.Struct("@I10P")  # xshare_route_tensors in xshare.h
 

@@ -60,7 +60,7 @@ class Row:
     tokens_per_second: float
     tokens_per_second_ratio: float
     peak_gpu_experts: float
-    kept_affinity: float
+    kept_utility: float
     warmup_overflow: float
 
 
@@ -113,7 +113,7 @@ def _measure_quality(
         with attach(model, config, prefill="stepwise", expert_gpu=expert_gpu) as attached:
             quality = teacher_forced(model, batches, sizes)
             stats = attached.stats
-        fields = ("experts_after", "peak_gpu_after", "kept_affinity", "warmup_overflow")
+        fields = ("experts_after", "peak_gpu_after", "kept_utility", "warmup_overflow")
         results[name] = quality, {field: mean(getattr(layer, field) for layer in stats) for field in fields}
         progress.advance(task)
     return results
@@ -166,7 +166,7 @@ def _rows(
             tokens_per_second=BATCH * (STEPS - 1) / median(seconds),
             tokens_per_second_ratio=median(gains),
             peak_gpu_experts=stats["peak_gpu_after"],
-            kept_affinity=stats["kept_affinity"],
+            kept_utility=stats["kept_utility"],
             warmup_overflow=stats["warmup_overflow"],
         )
         rows.append(row)

@@ -227,14 +227,14 @@ class ExpertLoad:
     experts        distinct experts that the rows use
     peak_experts   of them on the GPU that has most
     peak_rows      row-expert assignments on the GPU that has most of those
-    kept_affinity  share of the affinity to all experts that is to experts in use (1 for the own routing)
+    kept_utility  share of the affinity to all experts that is to experts in use (1 for the own routing)
     kept_choice    affinity to the chosen experts over affinity to the model's own top-k choice
     """
 
     experts: float
     peak_experts: float
     peak_rows: float
-    kept_affinity: float
+    kept_utility: float
     kept_choice: float
 
 
@@ -261,7 +261,7 @@ def simulate(
         routed = [route(step, spec, config.for_layer(layer), expert_gpu=placement) for step in steps]
         ids = torch.stack([routing.expert_ids for routing in routed])
         weights = torch.stack([routing.expert_weights for routing in routed])
-        kept = sum(routing.stats.kept_affinity for routing in routed) / len(routed)
+        kept = sum(routing.stats.kept_utility for routing in routed) / len(routed)
         choice = kept_choice(steps, ids, weights, spec)
         parts.append((*gpu_load(ids, weights, placement, gpus), kept, choice))
     means = [sum(values) / len(parts) for values in zip(*parts, strict=True)]
@@ -290,7 +290,7 @@ def statistics(logits: Tensor, top_k: int, batches: Iterable[int] = (4, 8, 16, 3
     """What a fit is judged by, from traces [layers, documents, length, E] of a softmax router.
 
     distinct_experts  {batch: mean over layers and steps of the experts that a step activates}
-    kept_affinity     {batch: share of the softmax that the E * 3/8 best experts of a step keep}
+    kept_utility     {batch: share of the softmax that the E * 3/8 best experts of a step keep}
     overlap           share of its top_k that a token has in common with one `lag` later in its document
                       ("1", "2", "4", "16") and with one of another document ("other")
     """
@@ -306,7 +306,7 @@ def statistics(logits: Tensor, top_k: int, batches: Iterable[int] = (4, 8, 16, 3
     pairs = {str(lag): (chosen[:, :, lag:], chosen[:, :, :-lag]) for lag in (1, 2, 4, 16)}
     pairs["other"] = chosen[:, 1:], chosen[:, :-1]
     overlap = {name: float((a & b).sum(-1).float().mean()) / top_k for name, (a, b) in pairs.items()}
-    return {"distinct_experts": distinct, "kept_affinity": kept, "overlap": overlap}
+    return {"distinct_experts": distinct, "kept_utility": kept, "overlap": overlap}
 
 
 def record_shipped() -> Tensor:

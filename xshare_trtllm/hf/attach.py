@@ -58,7 +58,7 @@ class LayerStats:
     steps: int
     experts_before: float
     experts_after: float
-    kept_affinity: float
+    kept_utility: float
     warmup_overflow: float
     peak_gpu_before: float
     peak_gpu_after: float
@@ -276,7 +276,7 @@ def _mean(total: Tensor, steps: int) -> LayerStats:
         steps=steps,
         experts_before=before / n,
         experts_after=after / n,
-        kept_affinity=kept / affinity if affinity else 1.0,
+        kept_utility=kept / affinity if affinity else 1.0,
         warmup_overflow=overflow / n,
         peak_gpu_before=peak_before / n,
         peak_gpu_after=peak_after / n,

@@ -29,16 +29,17 @@ def route(
     """Arguments as for `xshare_trtllm.route`, already checked.
 
     Returns expert_ids [T, k] int32, expert_weights [T, k] fp32, active_experts [E] bool and eight statistics
-    int64: experts before, after, affinity kept, in total, warm-up overflow, peak experts per GPU before,
+    int64: experts before, after, utility kept, in total, warm-up overflow, peak experts per GPU before,
     after, and rows | stood_aside << 32.
     """
     step = _Step(router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu)
     chosen, valid = refine(step.ranking, step.active, spec.top_k)
     weights = weigh(step.logits, step.affinity, chosen, valid, spec)
 
-    # Padding rows name only experts that are active anyway.
-    chosen = torch.where(step.real[:, None], chosen, lowest_ids(step.active, spec.top_k))
-    weights = torch.where(step.real[:, None], weights, 0.0)
+    # Padding rows, and rows that find nothing in S, name only experts that are active anyway.
+    served = (step.real & valid.any(dim=-1))[:, None]
+    chosen = torch.where(served, chosen, lowest_ids(step.active, spec.top_k))
+    weights = torch.where(served, weights, 0.0)
 
     after = experts_in(chosen[step.real], spec.num_experts)
     return chosen.to(torch.int32), weights, step.active, statistics(step, after)
@@ -87,17 +88,17 @@ class _Step:
         exempt: Tensor | None,
         expert_gpu: Tensor | None,
     ) -> None:
-        assert isinstance(config.budget, int)
         num_experts, device = spec.num_experts, router_logits.device
-        gpu = torch.zeros(num_experts, dtype=torch.int64) if expert_gpu is None else expert_gpu.cpu().long()
-        self.gpu = gpu
-        self.real = real_rows(router_logits, request_ids)
-        self.exempt = torch.zeros_like(self.real) if exempt is None else exempt & self.real
-        self.participating = self.real & ~self.exempt
+        gpu = None if expert_gpu is None else expert_gpu.cpu().long()
+        self.gpu = torch.zeros(num_experts, dtype=torch.int64) if gpu is None else gpu
+        readable = readable_rows(router_logits, request_ids)
 
         # Padding rows get harmless logits; + 0.0 makes -0.0 a plain zero: not every sort calls them equal.
-        self.logits = torch.where(self.real[:, None], router_logits.float(), 0.0) + 0.0
+        self.logits = torch.where(readable[:, None], router_logits.float(), 0.0) + 0.0
         self.affinity, self.ranking = score(self.logits, correction_bias, spec)
+        self.real = readable & ((self.ranking > -torch.inf).sum(dim=-1) >= spec.top_k)
+        self.exempt = torch.zeros_like(self.real) if exempt is None else exempt & self.real
+        self.participating = self.real & ~self.exempt
         self.own = top_ids(self.ranking, spec.top_k)
         self.before = experts_in(self.own[self.real], num_experts)
 
@@ -110,13 +111,19 @@ class _Step:
 
         free = experts_in(self.own[self.exempt], num_experts)
         warm = experts_in(self.own[self.participating, : config.warmup], num_experts)
-        fixed = to_fixed_point(self.affinity) * self.participating[:, None]
+        fixed = to_fixed_point(self._utility(spec, config)) * self.participating[:, None]
         utility = self.column_sums = fixed.sum(dim=0)
         if config.request_budget is not None:
             assert request_ids is not None
             utility = proposed_utility(fixed, request_ids, self.participating, config.request_budget)
-        self.active = select(utility, free, warm, gpu, config).to(device)
-        self.overflow = warmup_overflow(warm & ~free, gpu, config)
+        self.active = select(utility, free, warm, gpu, spec.top_k, config).to(device)
+        self.overflow = warmup_overflow(warm & ~free, self.gpu, config)
+
+    def _utility(self, spec: RouterSpec, config: XShareConfig) -> Tensor:
+        """`d` [T, E] fp32, 0 to 1: what each expert is worth to each row."""
+        if config.utility == "affinity":
+            return self.affinity
+        return squared_weights(self.logits, self.affinity, self.own, spec)
 
 
 # ---- Stage 0: stand aside ----------------------------------------------------------------------------------
@@ -131,32 +138,43 @@ def stands_aside(num_real_rows: int, spec: RouterSpec, config: XShareConfig) -> 
 # ---- Stage 1: score ----------------------------------------------------------------------------------------
 
 
-def real_rows(router_logits: Tensor, request_ids: Tensor | None) -> Tensor:
-    """[T] bool: rows that are not padding. NaN or infinite logits make padding: they poison no other row."""
-    finite = router_logits.isfinite().all(dim=-1)
-    return finite if request_ids is None else finite & (request_ids >= 0)
+def readable_rows(router_logits: Tensor, request_ids: Tensor | None) -> Tensor:
+    """[T] bool: rows of a request, without NaN or +inf (which make padding: they poison no other row). A row
+    also needs k experts that are not banned (-inf) to be real."""
+    readable = ~(router_logits.isnan() | (router_logits == torch.inf)).any(dim=-1)
+    return readable if request_ids is None else readable & (request_ids >= 0)
 
 
 def score(logits: Tensor, correction_bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Affinity and ranking score, both [T, E] fp32, from logits [T, E] fp32."""
+    """Affinity and ranking score, both [T, E] fp32, from logits [T, E] fp32; -inf bans an expert."""
     if spec.scoring == "sigmoid_bias":
         affinity = sigmoid(logits)
         ranking = affinity if correction_bias is None else affinity + correction_bias.float()
     else:
         affinity = softmax(logits)
         ranking = logits if spec.scoring == "topk_softmax" else affinity
+    ranking = ranking.masked_fill(logits == -torch.inf, -torch.inf)
     return affinity, limit_to_groups(ranking, spec)
 
 
 def limit_to_groups(ranking: Tensor, spec: RouterSpec) -> Tensor:
-    """[T, E]: `-inf` outside each row's best groups, by their best expert (`sigmoid_bias`: best two)."""
+    """[T, E]: `-inf` outside each row's best groups, by their best expert (`sigmoid_bias`: best two). A group
+    without so many experts to choose from is out."""
     if spec.num_groups == 1:
         return ranking
     by_group = ranking.view(-1, spec.num_groups, spec.experts_per_group)
     best = by_group.topk(2 if spec.scoring == "sigmoid_bias" else 1, dim=-1).values
     group_score = best[..., 0] + best[..., 1] if spec.scoring == "sigmoid_bias" else best[..., 0]
     groups = experts_per_row(top_ids(group_score, spec.top_k_groups), spec.num_groups)
+    groups &= group_score > -torch.inf
     return ranking.masked_fill(~groups.repeat_interleave(spec.experts_per_group, dim=-1), -torch.inf)
+
+
+def squared_weights(logits: Tensor, affinity: Tensor, own: Tensor, spec: RouterSpec) -> Tensor:
+    """[T, E] fp32: the square of each weight of the row's own top-k, these divided by their sum; else 0."""
+    weights = choice_weights(logits, affinity, own, torch.ones_like(own, dtype=torch.bool), spec)
+    weights = divide_by_sum(weights)
+    return torch.zeros_like(affinity).scatter_(1, own, weights * weights)
 
 
 # ---- Stage 2 is `own[:, :k0]`. Stage 3: what each request proposes -----------------------------------------
@@ -167,7 +185,7 @@ def proposed_utility(
 ) -> Tensor:
     """u [E] int64: the column sums of each request, counted only at the experts that it proposes.
 
-    fixed [T, E] int64 affinities; request_ids [T]; a request proposes its `request_budget` best experts.
+    fixed [T, E] int64 utilities; request_ids [T]; a request proposes its `request_budget` best experts.
     """
     requests, index = torch.unique(request_ids[participating], return_inverse=True)
     per_request = torch.zeros(len(requests), fixed.shape[1], dtype=torch.int64, device=fixed.device)
@@ -179,42 +197,66 @@ def proposed_utility(
 # ---- Stage 4: budgeted greedy ------------------------------------------------------------------------------
 
 
-def select(utility: Tensor, free: Tensor, warm: Tensor, gpu: Tensor, config: XShareConfig) -> Tensor:
+def select(
+    utility: Tensor, free: Tensor, warm: Tensor, gpu: Tensor | None, top_k: int, config: XShareConfig
+) -> Tensor:
     """The set S [E] bool.
 
-    utility [E] int64; gpu [E]; warm [E] bool, the warm-up; free [E] bool, the experts of exempt rows: active
-    anyway, so they do not count. A set is worth the sum over its experts and the limits nest (GPU inside
-    batch), so greedy is optimal.
+    utility [E] int64; gpu [E] or None; warm [E] bool, the warm-up; free [E] bool, the experts of exempt rows:
+    active anyway, so they do not count. A set is worth the sum over its experts and the limits nest (GPU
+    inside batch), so greedy is optimal.
     """
-    assert isinstance(config.budget, int)
-    u, on_gpu = utility.tolist(), gpu.tolist()
-    chosen = set((free | warm).nonzero().flatten().tolist())
-    counted = [
-        on_gpu[e] for e in (warm & ~free).nonzero().flatten().tolist()
-    ]  # the GPU of each counted expert
-    covered, total = sum(u[e] for e in chosen), sum(u)
+    u = utility.tolist()
+    order = sorted((e for e in range(len(u)) if u[e] > 0), key=lambda e: (-u[e], e))
+    coverage, gpu_budget = config.coverage, config.gpu_budget
+    on_gpu = [0] * len(u) if gpu is None else gpu.tolist()
+    chosen = set(free.nonzero().flatten().tolist())
+    if coverage is not None and gpu is not None and gpu_budget is None:
+        gpu_budget, coverage = gpu_cap(u, order, chosen, on_gpu, top_k, coverage), None
 
-    for e in sorted(range(len(u)), key=lambda e: (-u[e], e)):
-        if len(counted) >= config.budget or u[e] == 0:
+    counted = [on_gpu[e] for e in (warm & ~free).nonzero().flatten().tolist()]  # the GPU of each
+    chosen |= set(warm.nonzero().flatten().tolist())
+    for e in order:
+        if len(counted) >= config.layer_budget:
             break
-        if config.min_coverage is not None and float(covered) >= config.min_coverage * float(total):
+        if coverage is not None and len(chosen) >= top_k and is_covered(u, chosen, coverage):
             break
-        gpu_is_full = config.gpu_budget is not None and counted.count(on_gpu[e]) >= config.gpu_budget
+        gpu_is_full = gpu_budget is not None and counted.count(on_gpu[e]) >= gpu_budget
         if e in chosen or gpu_is_full:
             continue
         chosen.add(e)
         counted.append(on_gpu[e])
-        covered += u[e]
 
     active = torch.zeros(len(u), dtype=torch.bool)
     active[sorted(chosen)] = True
     return active
 
 
+def gpu_cap(
+    u: list[int], order: list[int], free: set[int], on_gpu: list[int], top_k: int, coverage: float
+) -> int:
+    """The smallest number of experts per GPU that is enough, beyond the free ones: with so many of each GPU's
+    most useful, the coverage is reached and there are k experts. Every GPU waits for the fullest."""
+    for cap in range(len(u)):
+        room = dict.fromkeys(on_gpu, cap)
+        chosen = set(free)
+        for e in order:
+            if e not in free and room[on_gpu[e]] > 0:
+                room[on_gpu[e]] -= 1
+                chosen.add(e)
+        if len(chosen) >= min(top_k, len(free.union(order))) and is_covered(u, chosen, coverage):
+            return cap
+    return len(u)
+
+
+def is_covered(u: list[int], chosen: set[int], coverage: float) -> bool:
+    """True where the chosen experts keep that share of all utility. One rounding: in float64."""
+    return float(sum(u[e] for e in chosen)) >= coverage * float(sum(u))
+
+
 def warmup_overflow(counted: Tensor, gpu: Tensor, config: XShareConfig) -> int:
     """Experts by which the counted warm-up [E] bool exceeds the batch budget, plus the same for each GPU."""
-    assert isinstance(config.budget, int)
-    overflow = max(0, int(counted.sum()) - config.budget)
+    overflow = max(0, int(counted.sum()) - config.layer_budget)
     if config.gpu_budget is not None:
         overflow += int((per_gpu(counted, gpu) - config.gpu_budget).clamp(min=0).sum())
     return overflow
@@ -226,7 +268,7 @@ def warmup_overflow(counted: Tensor, gpu: Tensor, config: XShareConfig) -> int:
 def refine(ranking: Tensor, active: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Each row's best experts of S, active [E] bool: ids [T, k], and which slots hold a choice, [T, k] bool.
 
-    A row that finds fewer than k repeats its last choice, which activates nothing new (if S is empty, id 0).
+    A row that finds fewer than k repeats its last choice, which activates nothing new.
     """
     restricted = ranking.masked_fill(~active, -torch.inf)
     chosen = top_ids(restricted, top_k)
@@ -237,17 +279,29 @@ def refine(ranking: Tensor, active: Tensor, top_k: int) -> tuple[Tensor, Tensor]
 
 def weigh(logits: Tensor, affinity: Tensor, chosen: Tensor, valid: Tensor, spec: RouterSpec) -> Tensor:
     """Weights [T, k] fp32 of the chosen experts, by the model's own rule; 0 in slots without a choice."""
+    weights = choice_weights(logits, affinity, chosen, valid, spec)
+    if spec.scoring != "softmax":
+        weights = divide_by_sum(weights)
+    return weights * spec.routed_scaling_factor
+
+
+def choice_weights(
+    logits: Tensor, affinity: Tensor, chosen: Tensor, valid: Tensor, spec: RouterSpec
+) -> Tensor:
+    """[T, k] fp32, before any normalisation; 0 in slots without a choice."""
     weights = affinity.gather(-1, chosen)
     if spec.scoring == "topk_softmax":
         z = logits.gather(-1, chosen)
         weights = exp(z - z[:, :1])  # the first slot has the largest logit
-    weights = torch.where(valid, weights, 0.0)
-    if spec.scoring != "softmax":
-        total = torch.zeros_like(weights[:, 0])
-        for slot in range(spec.top_k):  # in slot order: fp32 addition is not associative
-            total = total + weights[:, slot]
-        weights = torch.where(total[:, None] > 0, weights / total[:, None], 0.0)
-    return weights * spec.routed_scaling_factor
+    return torch.where(valid, weights, 0.0)
+
+
+def divide_by_sum(weights: Tensor) -> Tensor:
+    """Weights [T, k] that sum to 1 in each row; 0 where their sum is."""
+    total = torch.zeros_like(weights[:, 0])
+    for slot in range(weights.shape[1]):  # in slot order: fp32 addition is not associative
+        total = total + weights[:, slot]
+    return torch.where(total[:, None] > 0, weights / total[:, None], 0.0)
 
 
 def lowest_ids(active: Tensor, top_k: int) -> Tensor:
@@ -334,8 +388,8 @@ def sigmoid(logits: Tensor) -> Tensor:
     return torch.where(logits >= 0, r, e * r)
 
 
-def to_fixed_point(affinity: Tensor) -> Tensor:
-    """round(A * 2^20), half away from zero, int64: sums of these do not depend on their order."""
-    x = affinity * FIXED_POINT
+def to_fixed_point(utility: Tensor) -> Tensor:
+    """round(d * 2^20), half away from zero, int64: sums of these do not depend on their order."""
+    x = utility * FIXED_POINT
     whole = x.trunc()
     return whole.long() + ((x - whole) >= 0.5)

@@ -43,6 +43,12 @@ typedef enum xshare_scoring {
     XSHARE_SIGMOID_BIAS = 3     // DeepSeek-V3, Kimi-K2, GLM-4.5
 } xshare_scoring;
 
+// What an expert is worth to a row.
+typedef enum xshare_utility {
+    XSHARE_SQUARED_WEIGHT = 0,  // the square of its weight in the row's own top-k, weights of sum 1
+    XSHARE_AFFINITY = 1         // the router's score of every expert (the paper's)
+} xshare_utility;
+
 // What to route and under which budgets. Set all of it to zero, then struct_size =
 // sizeof(xshare_route_params).
 typedef struct xshare_route_params {
@@ -60,14 +66,16 @@ typedef struct xshare_route_params {
     int32_t request_budget;       // m_r; 0 = off
     int32_t gpu_budget;           // m_g; 0 = off
     int32_t max_rows;             // stand aside above this number of real rows; negative = no limit
-    double min_coverage;          // c: 0 < c <= 1; 0 = off
+    int32_t utility;              // xshare_utility
+    double coverage;              // c: 0 < c <= 1; 0 = off. Sets m_g where expert_gpu is given and m_g is off
 } xshare_route_params;
 
 // Where the tensors are: dense, row-major, aligned to their element, in host memory for xshare_route_cpu.
 // Set all of it to zero, then struct_size = sizeof(xshare_route_tensors). Any output may be NULL.
 typedef struct xshare_route_tensors {
     uint32_t struct_size;
-    const void* router_logits;     // [T, E] logits_dtype
+    const void* router_logits;     // [T, E] logits_dtype; -inf bans an expert from a row. A row with NaN,
+                                   // +inf or fewer than top_k experts to choose from is padding
     const float* correction_bias;  // [E], only with XSHARE_SIGMOID_BIAS; NULL = zeros
     const int32_t* request_ids;    // [T], >= 0, or -1 = padding; request_budget needs it; NULL = no padding
     const uint8_t* exempt;         // [T], not 0 = the row keeps its own top-k; NULL = none
@@ -79,12 +87,12 @@ typedef struct xshare_route_tensors {
     int64_t* stats;                // out [XSHARE_NUM_STATS], see xshare_stat
 } xshare_route_tensors;
 
-// Places in `stats`. Kept and total affinity are sums of round(A * 2^20), 0 where XShare stood aside.
+// Places in `stats`. Kept and total utility are sums of round(d * 2^20), 0 where XShare stood aside.
 typedef enum xshare_stat {
     XSHARE_STAT_EXPERTS_BEFORE = 0,   // distinct experts in the real rows' own top-k
     XSHARE_STAT_EXPERTS_AFTER = 1,    // distinct experts in the real rows' output
-    XSHARE_STAT_KEPT_AFFINITY = 2,    // over S
-    XSHARE_STAT_TOTAL_AFFINITY = 3,   // over all experts
+    XSHARE_STAT_KEPT_UTILITY = 2,     // over S
+    XSHARE_STAT_TOTAL_UTILITY = 3,    // over all experts
     XSHARE_STAT_WARMUP_OVERFLOW = 4,  // counted warm-up experts beyond the budgets
     XSHARE_STAT_PEAK_GPU_BEFORE = 5,
     XSHARE_STAT_PEAK_GPU_AFTER = 6,
