@@ -20,6 +20,7 @@ _CONFIG = "YAML file with the budget and its options, instead of those below."
 # Commands with a home of their own, imported when asked for: `name: (module, attribute)`.
 _ELSEWHERE: dict[str, tuple[str, str]] = {
     "build": ("engines.command", "build"),
+    "calibrate": ("evaluation.command", "calibrate"),
     "doctor": ("doctor", "doctor"),
     "predict": ("planning.predict", "predict"),
     "triton": ("serving.command", "triton"),
