@@ -87,6 +87,19 @@ class Steps:
 Rule = Callable[[Steps], tuple[Tensor, Tensor]]
 
 
+def squares_as_they_are(budget: int) -> Rule:
+    """XShare's squared weights with a warm-up of 1, but without dividing a row's weights by their sum: another
+    choice only where the model itself does not divide (OLMoE)."""
+
+    def rule(steps: Steps) -> tuple[Tensor, Tensor]:
+        squares = torch.zeros_like(steps.affinity).scatter_(
+            2, steps.own, steps.affinity.gather(2, steps.own).square()
+        )
+        return steps.within(steps.best(squares.sum(1) + 1e3 * steps.first(1), budget))
+
+    return rule
+
+
 def fewer_per_row(top_k: int) -> Rule:
     """The model's own routing with fewer experts per token."""
 
