@@ -88,8 +88,8 @@ Rule = Callable[[Steps], tuple[Tensor, Tensor]]
 
 
 def squares_as_they_are(budget: int) -> Rule:
-    """XShare's squared weights with a warm-up of 1, but without dividing a row's weights by their sum: another
-    choice only where the model itself does not divide (OLMoE)."""
+    """XShare's squared weights with a warm-up of 1, but without dividing a row's weights by their sum: it
+    chooses otherwise only where the model itself does not divide (OLMoE)."""
 
     def rule(steps: Steps) -> tuple[Tensor, Tensor]:
         squares = torch.zeros_like(steps.affinity).scatter_(
