@@ -213,7 +213,7 @@ class Counted:
 @contextmanager
 def rerouted(model: nn.Module, rule: Rule, step_tokens: int = 1) -> Iterator[Counted]:
     """A transformers model whose routers follow a rule, each `step_tokens` positions of a pass a step of
-    their own. Yields the experts counted so far."""
+    their own, but for the first, which is the prompt. Yields the experts counted so far."""
     model_config: Any = model.config
     spec = RouterSpec.from_hf_config(model_config)
     counted = Counted()
@@ -230,16 +230,20 @@ def rerouted(model: nn.Module, rule: Rule, step_tokens: int = 1) -> Iterator[Cou
         batch, length = shape
         by_step = logits.float().view(batch, length // step_tokens, step_tokens, -1).transpose(0, 1)
         bias = getattr(router, "e_score_correction_bias", None)
-        steps = Steps.of(by_step.flatten(1, 2), spec, bias, layer)
+        steps = Steps.of(by_step[1:].flatten(1, 2), spec, bias, layer)
         new_ids, new_weights = rule(steps)
         used = torch.zeros_like(steps.ranking, dtype=torch.int64).scatter_add_(
             2, new_ids, (new_weights > 0).long()
         )
         counted.experts += int((used.sum(1) > 0).sum())
         counted.steps += len(new_ids)
-        back = (length // step_tokens, batch, step_tokens, -1)
-        in_order = [part.view(back).transpose(0, 1).reshape(ids.shape) for part in (new_ids, new_weights)]
-        return logits, in_order[1].to(weights.dtype), in_order[0]
+
+        def in_order(own: Tensor, new: Tensor) -> Tensor:
+            after = new.view(-1, batch, step_tokens, spec.top_k).transpose(0, 1).flatten(1, 2)
+            first = own.view(batch, length, spec.top_k)[:, :step_tokens]
+            return torch.cat([first, after.to(own.dtype)], dim=1).view_as(own)
+
+        return logits, in_order(weights, new_weights), in_order(ids, new_ids)
 
     for layer, router in enumerate(find_routers(model)):
         hooks.append(
