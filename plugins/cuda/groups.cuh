@@ -74,7 +74,8 @@ XSHARE_DEVICE void limit_groups_of_any_size(const RouteArgs& args, int group_siz
         for (int i = 0; i < V; ++i) group_keys[i] = lane * V + i == g ? key : group_keys[i];
     }
     uint32_t taken = available_experts(group_keys);
-    take_best(group_keys, args.p.top_k_groups);
+    for (int n = 0; n < args.p.top_k_groups; ++n)
+        if (strike_out_best(group_keys).key == kUnavailable) break;
     taken &= ~available_experts(group_keys);
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {

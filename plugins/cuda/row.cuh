@@ -145,31 +145,40 @@ XSHARE_DEVICE RowKind load_row(const RouteArgs& args, int index, float (&logits)
     return exempt ? RowKind::kExempt : RowKind::kShared;
 }
 
+struct Best {
+    int32_t key, id;
+};
+
+// The best of the keys, which is made unavailable; its key says if there was none.
+template <int V>
+XSHARE_DEVICE Best strike_out_best(int32_t (&keys)[V]) {
+    int32_t best = keys[0];
+    int place = 0;
+    XSHARE_UNROLL
+    for (int i = 1; i < V; ++i) {
+        place = keys[i] > best ? i : place;
+        best = max_of(best, keys[i]);
+    }
+    const int32_t top = device::warp_max(best);
+    if (top == kUnavailable) return {top, 0};
+    const uint32_t equal = device::ballot(best == top);
+    const bool is_mine = best == top && (equal & device::lower_lanes()) == 0;
+    const int taken = is_mine ? place : V;  // known here before the id is known everywhere
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) keys[i] = i == taken ? kUnavailable : keys[i];
+    return {top, device::shuffle(device::lane() * V + place, device::first_bit(equal))};
+}
+
 // The `k` best of the keys, which are made unavailable, into the lanes from `first` on.
 template <int V>
 XSHARE_DEVICE void take_best(int32_t (&keys)[V], int k, int first, Picks& picks) {
-    const int lane = device::lane();
     for (int to = first; to < first + k; ++to) {
-        int32_t best = keys[0];
-        int place = 0;
-        XSHARE_UNROLL
-        for (int i = 1; i < V; ++i) {
-            place = keys[i] > best ? i : place;
-            best = max_of(best, keys[i]);
-        }
-        const int32_t top = device::warp_max(best);
-        if (top == kUnavailable) break;
-        const uint32_t equal = device::ballot(best == top);
-        const bool is_mine = best == top && (equal & device::lower_lanes()) == 0;
-        const int taken = is_mine ? place : V;  // known here before the id is known everywhere
-        XSHARE_UNROLL
-        for (int i = 0; i < V; ++i) keys[i] = i == taken ? kUnavailable : keys[i];
-        const int32_t id = device::shuffle(lane * V + place, device::first_bit(equal));
+        const Best best = strike_out_best(keys);
+        if (best.key == kUnavailable) break;
         picks.lanes |= 1u << to;
-        if (lane == to) {
-            picks.id = id;
-            picks.key = top;
-        }
+        if (device::lane() != to) continue;
+        picks.id = best.id;
+        picks.key = best.key;
     }
 }
 

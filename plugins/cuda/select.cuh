@@ -203,7 +203,7 @@ XSHARE_DEVICE void select_experts(const RouteArgs& args, Selection<V, Sum>& s) {
         device::sync_block();
     }
     if (device::warp() == 0) {
-        s.stands_aside = stands_aside;
+        if (device::lane() == 0) s.stands_aside = stands_aside;
         if (stands_aside)
             s.active[device::lane()] = s.sets.before[device::lane()];
         else
