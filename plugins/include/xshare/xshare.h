@@ -67,6 +67,8 @@ typedef struct xshare_route_params {
     int32_t gpu_budget;           // m_g; 0 = off
     int32_t max_rows;             // stand aside above this number of real rows; negative = no limit
     int32_t utility;              // xshare_utility
+    float mask_value;             // where masked_logits and step_bias say no: negative, exact in the logits'
+                                  // type; 0 = -inf
     double coverage;              // c: 0 < c <= 1; 0 = off. Sets m_g where expert_gpu is given and m_g is off
 } xshare_route_params;
 
@@ -85,6 +87,9 @@ typedef struct xshare_route_tensors {
     void* masked_logits;           // out [T, E] logits_dtype; may be router_logits itself
     uint8_t* active_experts;       // out [E], 1 = in the set S
     int64_t* stats;                // out [XSHARE_NUM_STATS], see xshare_stat
+    float* step_bias;              // out [E], correction_bias inside S, mask_value outside: a bias is one for
+                                   // all rows, so a step with a real exempt row stands aside. Only with
+                                   // XSHARE_SIGMOID_BIAS, one group and a warm-up
 } xshare_route_tensors;
 
 // Places in `stats`. Kept and total utility are sums of round(d * 2^20), 0 where XShare stood aside.
