@@ -29,7 +29,9 @@ SPEC, CONFIG = RouterSpec(16, 2, "softmax"), XShareConfig(6)
 def compare_with_one_rank(rank: int, world: int, folder: str) -> dict[str, int]:
     """Counts what the cases exercised."""
     group = join_group(rank, world, folder)
-    seen = dict.fromkeys(("no rows here", "no rows", "stood aside", "overflow", "gpu budget binds", "cap by coverage"), 0)
+    seen = dict.fromkeys(
+        ("no rows here", "no rows", "stood aside", "overflow", "gpu budget binds", "cap by coverage"), 0
+    )
     for seed in range(SEED, SEED + CASES):
         case = draw(seed, world)
         expected = single_rank_route(case.logits, case.spec, case.config, **case.batch())
