@@ -207,35 +207,11 @@ class _Routing:
         """Of sets [n, E] bool: [1, n] bool, whether they keep the coverage in so many experts or more."""
         ops = self.ops
         kept = ops.reduce_sum(ops.binary("Mul", ops.cast(sets, "int64"), utility), axis=1)
-        wanted = self._share_of(ops.reduce_sum(utility, axis=1), coverage)
+        wanted = least_share(ops, ops.reduce_sum(utility, axis=1), coverage)
         is_short = self._or(
             ops.binary("Less", ops.transpose(kept), wanted), ops.binary("Less", self._count(sets), at_least)
         )
         return self._not(is_short)
-
-    def _share_of(self, total: Any, share: float) -> Any:
-        """[1, 1] int64: the least integer not below the float64 product of share and total, in integers.
-
-        TensorRT has no float64. The share, a float32, is mantissa / 2^shift; total < 2^50.
-        """
-        ops = self.ops
-        mantissa, denominator = float(np.float32(share)).as_integer_ratio()
-        shift = denominator.bit_length() - 1
-        high = ops.binary("Div", total, self._int(denominator))
-        low = ops.binary("Sub", total, ops.binary("Mul", high, self._int(denominator)))
-        low = ops.binary("Mul", low, self._int(mantissa))
-        carry = ops.binary("Div", low, self._int(denominator))
-        rest = ops.binary("Sub", low, ops.binary("Mul", carry, self._int(denominator)))
-        whole = ops.binary("Add", ops.binary("Mul", high, self._int(mantissa)), carry)
-
-        # A product of n bits before the point has 53 - n behind it: a rest up to half of its last is lost.
-        limits = 2 ** np.arange(max(53 - shift, 0), 50, dtype=np.int64)
-        lost = self._int(0)
-        if len(limits):
-            reached = ops.cast(ops.binary("Less", ops.constant(limits[None] - 1), whole), "int64")
-            steps = np.diff(limits // limits[0], prepend=0)
-            lost = ops.reduce_sum(ops.binary("Mul", reached, ops.constant(steps[None])), axis=1)
-        return ops.binary("Add", whole, ops.cast(ops.binary("Greater", rest, lost), "int64"))
 
     # ---- Stage 1: score -----------------------------------------------------------------------------------
 
@@ -425,3 +401,30 @@ class _Routing:
 
     def _not(self, a: Any) -> Any:
         return self.ops.unary("Not", a)
+
+
+def least_share(ops: Ops, total: Any, share: float) -> Any:
+    """Of total [n, 1] int64 below 2^50: the least integers not below share * total as float64 rounds it.
+
+    In int64, since TensorRT has no float64. The share is a float32, mantissa / 2^shift, from 2^-16 to 1.
+    """
+
+    def integer(value: int) -> Any:
+        return ops.constant(np.array([[value]], np.int64))
+
+    mantissa, denominator = float(np.float32(share)).as_integer_ratio()
+    high = ops.binary("Div", total, integer(denominator))
+    low = ops.binary("Sub", total, ops.binary("Mul", high, integer(denominator)))
+    low = ops.binary("Mul", low, integer(mantissa))
+    carry = ops.binary("Div", low, integer(denominator))
+    rest = ops.binary("Sub", low, ops.binary("Mul", carry, integer(denominator)))
+    whole = ops.binary("Add", ops.binary("Mul", high, integer(mantissa)), carry)
+
+    # A product of n bits before the point has 53 - n behind it: a rest up to half of the last one is lost.
+    shift = denominator.bit_length() - 1
+    lost, bounds = integer(0), 2 ** np.arange(53 - shift, 50, dtype=np.int64)
+    if len(bounds):
+        steps = np.diff(bounds // bounds[0], prepend=0)
+        reached = ops.cast(ops.binary("Less", ops.constant(bounds[None] - 1), whole), "int64")
+        lost = ops.reduce_sum(ops.binary("Mul", reached, ops.constant(steps[None])), axis=1)
+    return ops.binary("Add", whole, ops.cast(ops.binary("Greater", rest, lost), "int64"))
