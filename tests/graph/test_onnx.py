@@ -242,6 +242,12 @@ def test_one_node_with_the_fields_of_the_plugin() -> None:
     assert not make_model(spec, config, inputs, body=False).functions
 
 
+def test_the_node_names_the_limits_that_there_are() -> None:
+    (node,) = make_model(RouterSpec(64, 4, "softmax"), XShareConfig(coverage=0.97)).graph.node
+    limits = {a.name for a in node.attribute} & {"budget", "coverage", "gpu_budget", "request_budget"}
+    assert limits == {"coverage"}
+
+
 def _all_names() -> list[str]:
     return ["router_logits", *GraphInputs(True, True, True, True).names()]
 

@@ -113,14 +113,13 @@ def plugin_attributes(spec: RouterSpec, config: XShareConfig, inputs: GraphInput
         "top_k": spec.top_k,
         "scoring": spec.scoring,
         "utility": config.utility,
-        "budget": config.layer_budget,
         "num_groups": spec.num_groups,
         "top_k_groups": spec.top_k_groups,
         "routed_scaling_factor": spec.routed_scaling_factor,
         "warmup": config.warmup,
         "has_active_experts": 1,
     }
-    for name in ("request_budget", "gpu_budget", "max_rows", "coverage"):
+    for name in ("budget", "request_budget", "gpu_budget", "max_rows", "coverage"):
         if (value := getattr(config, name)) is not None:
             values[name] = min(value, NO_LIMIT)
     return values | {f"has_{name}": 1 for name in inputs.names()}
