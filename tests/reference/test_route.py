@@ -465,6 +465,9 @@ def test_rows_rank_by_score_inside_the_set(case):
         score = ranking[row].tolist()
         best = sorted((e for e in active if score[e] > -INF), key=lambda e: (-score[e], e))[: spec.top_k]
         ids, weights = result.expert_ids[row].tolist(), result.expert_weights[row].tolist()
+        if not best:  # all of S is banned: the padding output
+            assert not any(weights) and set(ids) <= (active or {0})
+            continue
         assert ids == best + [best[-1]] * (spec.top_k - len(best))
         assert not any(weights[len(best) :])
         assert all(w > 0 for w in weights[: len(best)])
@@ -516,6 +519,8 @@ def test_masked_logits_allow_what_route_uses(case):
             kept, value = set(range(spec.num_experts)), logits[row]
         else:
             kept, value = ids_of(result.active_experts & (ranking[row] > -INF)), logits[row]
+            if not kept:  # all of S is banned: as padding
+                kept, value = ids_of(result.active_experts) or set(range(spec.num_experts)), torch.zeros(())
         inside = mask_of(kept, spec.num_experts)
         assert torch.equal(masked[row], torch.where(inside, value, -INF))
         if arguments["request_ids"][row] >= 0:
