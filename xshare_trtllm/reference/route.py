@@ -111,19 +111,14 @@ class _Step:
 
         free = experts_in(self.own[self.exempt], num_experts)
         warm = experts_in(self.own[self.participating, : config.warmup], num_experts)
-        fixed = to_fixed_point(self._utility(spec, config)) * self.participating[:, None]
+        fixed = to_fixed_point(row_utility(self.logits, self.affinity, self.own, spec, config))
+        fixed = fixed * self.participating[:, None]
         utility = self.column_sums = fixed.sum(dim=0)
         if config.request_budget is not None:
             assert request_ids is not None
             utility = proposed_utility(fixed, request_ids, self.participating, config.request_budget)
         self.active = select(utility, free, warm, gpu, spec.top_k, config).to(device)
         self.overflow = warmup_overflow(warm & ~free, self.gpu, config)
-
-    def _utility(self, spec: RouterSpec, config: XShareConfig) -> Tensor:
-        """`d` [T, E] fp32, 0 to 1: what each expert is worth to each row."""
-        if config.utility == "affinity":
-            return self.affinity
-        return squared_weights(self.logits, self.affinity, self.own, spec)
 
 
 # ---- Stage 0: stand aside ----------------------------------------------------------------------------------
@@ -168,6 +163,15 @@ def limit_to_groups(ranking: Tensor, spec: RouterSpec) -> Tensor:
     groups = experts_per_row(top_ids(group_score, spec.top_k_groups), spec.num_groups)
     groups &= group_score > -torch.inf
     return ranking.masked_fill(~groups.repeat_interleave(spec.experts_per_group, dim=-1), -torch.inf)
+
+
+def row_utility(
+    logits: Tensor, affinity: Tensor, own: Tensor, spec: RouterSpec, config: XShareConfig
+) -> Tensor:
+    """`d` [T, E] fp32, 0 to 1: what each expert is worth to each row."""
+    if config.utility == "affinity":
+        return affinity
+    return squared_weights(logits, affinity, own, spec)
 
 
 def squared_weights(logits: Tensor, affinity: Tensor, own: Tensor, spec: RouterSpec) -> Tensor:
