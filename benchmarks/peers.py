@@ -45,7 +45,7 @@ from xshare_trtllm.evaluation.peers import (
     oea,
     rerouted,
     sere,
-    squares_as_they_are,
+    squared_shares,
 )
 from xshare_trtllm.hf import attach
 from xshare_trtllm.report import console, machine, write_aside, write_json
@@ -56,7 +56,7 @@ LENGTH = 128
 DRAFT = "4 x 4"  # requests x positions
 SHAPES = ("4", "8", "16", "32", DRAFT)
 OURS, BUDGET = "XShare, coverage", "XShare, budget"
-AS_THEY_ARE = "XShare, weights not divided by their sum"
+DIVIDED = "XShare, weights divided by their sum"
 COVERAGES = (0.99, 0.97, 0.95, 0.92, 0.88)
 SHARES = (0.85, 0.7, 0.55)  # of the experts that the own routing activates
 
@@ -97,7 +97,7 @@ def methods(spec: RouterSpec, own: float, similarity: Tensor) -> list[tuple[str,
         name = f"paper, warm-up {warmup}" + (" (vLLM)" if warmup == 0 else "")
         rows += [(name, f"{m}", XShareConfig(m, warmup=warmup, utility="affinity")) for m in budgets]
     if spec.scoring == "softmax":
-        rows += [(AS_THEY_ARE, f"{m}", squares_as_they_are(m)) for m in budgets]
+        rows += [(DIVIDED, f"{m}", squared_shares(m)) for m in budgets]
     rows += [("OEA, simplified", f"{k}", oea(k)) for k in kept]
     rows += [("OEA", f"{p}", oea(top_k, p)) for p in (0.8, 0.6, 0.4)]
     rows += [("MoE-Spec", f"{m}", moe_spec(m)) for m in budgets]
@@ -142,7 +142,7 @@ def judge(points: list[Point]) -> list[Verdict]:
     ours.append(points[0])
     verdicts = []
     for peer in points[1:]:
-        if peer.method in (OURS, BUDGET, AS_THEY_ARE) or not ours[0].active <= peer.active <= ours[-1].active:
+        if peer.method in (OURS, BUDGET, DIVIDED) or not ours[0].active <= peer.active <= ours[-1].active:
             continue
         above = next(i for i, p in enumerate(ours) if p.active >= peer.active)
         low, high = ours[max(above - 1, 0)], ours[above]
@@ -156,10 +156,11 @@ def judge(points: list[Point]) -> list[Verdict]:
     return verdicts
 
 
-def budgets_as_they_are(points: list[Point]) -> list[Verdict]:
-    """The undivided weights against the divided ones at the same budget, above 0 where dividing is better."""
-    divided = {point.setting: point for point in points if point.method == BUDGET}
-    pairs = [(p, compare(p.quality, divided[p.setting].quality)) for p in points if p.method == AS_THEY_ARE]
+def divided_budgets(points: list[Point]) -> list[Verdict]:
+    """Weights divided by their sum against the model's own at the same budget, above 0 where its own are
+    better."""
+    own = {point.setting: point for point in points if point.method == BUDGET}
+    pairs = [(p, compare(p.quality, own[p.setting].quality)) for p in points if p.method == DIVIDED]
     return [Verdict(p.method, p.setting, p.active, c.bits_per_byte, c.bits_interval) for p, c in pairs]
 
 
@@ -248,7 +249,7 @@ def main(folders: tuple[Path, ...], shapes: tuple[str, ...], json_path: Path | N
             report["models"][folder.name] = {}
             for shape in shapes or SHAPES:
                 by_shape[shape] = curve(model, tokenizer, shape, similarity, progress)
-                verdicts = judge(by_shape[shape]) + budgets_as_they_are(by_shape[shape])
+                verdicts = judge(by_shape[shape]) + divided_budgets(by_shape[shape])
                 print_table(folder.name, shape, by_shape[shape], verdicts)
                 report["models"][folder.name][shape] = {
                     "points": [
@@ -262,7 +263,7 @@ def main(folders: tuple[Path, ...], shapes: tuple[str, ...], json_path: Path | N
         for model, by_shape in report["models"].items()
         for shape, result in by_shape.items()
         for v in result["against_xshare"]
-        if v["interval"][1] < 0 and v["method"] != AS_THEY_ARE
+        if v["interval"][1] < 0 and v["method"] != DIVIDED
     ]
     report["better_than_xshare"] = better
     console().print("Better than XShare beyond the interval:", "; ".join(better) or "none")

@@ -239,7 +239,7 @@ def column_utility(logits, spec, utility):
     if utility == "affinity":
         return affinity.sum(0)
     values, ids = affinity.topk(spec.top_k, dim=-1)
-    weights = values / values.sum(-1, keepdim=True)
+    weights = values if spec.scoring == "softmax" else values / values.sum(-1, keepdim=True)
     return torch.zeros_like(z).scatter_(1, ids, weights**2).sum(0)
 
 

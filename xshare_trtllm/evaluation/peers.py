@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from xshare_trtllm.config import RouterSpec
 from xshare_trtllm.hf.attach import find_routers
 from xshare_trtllm.reference.route import (
-    choice_weights,
     divide_by_sum,
     experts_per_row,
     refine,
@@ -33,7 +32,7 @@ class Steps:
     """The rows of some decode steps of one layer, as its own router scores them.
 
     affinity, ranking  [steps, rows, E]
-    own, shares        [steps, rows, k], the own choice, best first, and its weights divided by their sum
+    own, shares        [steps, rows, k], the own choice, best first, and its affinities divided by their sum
     """
 
     spec: RouterSpec
@@ -50,7 +49,7 @@ class Steps:
         flat = logits.flatten(0, 1)
         affinity, ranking = score(flat, bias, spec)
         own = top_ids(ranking, spec.top_k)
-        weights = choice_weights(flat, affinity, own, torch.ones_like(own, dtype=torch.bool), spec)
+        weights = affinity.gather(1, own)
         rows = (shape[0], shape[1], -1)
         return cls(
             spec, layer, logits, affinity.view(shape), ranking.view(shape), own.view(rows),
@@ -87,14 +86,12 @@ class Steps:
 Rule = Callable[[Steps], tuple[Tensor, Tensor]]
 
 
-def squares_as_they_are(budget: int) -> Rule:
-    """XShare's squared weights with a warm-up of 1, but without dividing a row's weights by their sum: it
-    chooses otherwise only where the model itself does not divide (OLMoE)."""
+def squared_shares(budget: int) -> Rule:
+    """XShare's squared weights with a warm-up of 1, but each row's weights divided by their sum: it chooses
+    otherwise only where the model itself does not divide (OLMoE)."""
 
     def rule(steps: Steps) -> tuple[Tensor, Tensor]:
-        squares = torch.zeros_like(steps.affinity).scatter_(
-            2, steps.own, steps.affinity.gather(2, steps.own).square()
-        )
+        squares = torch.zeros_like(steps.affinity).scatter_(2, steps.own, steps.shares.square())
         return steps.within(steps.best(squares.sum(1) + 1e3 * steps.first(1), budget))
 
     return rule

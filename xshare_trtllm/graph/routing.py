@@ -109,7 +109,7 @@ class _Routing:
     def _squared_weights(self) -> Any:
         """[T, E] int64: of the row's own choice; 0 elsewhere and in rows that take no part."""
         ops = self.ops
-        weights = self._divide_by_sum(self._choice_weights(self.own, None))
+        weights = self._choice_weights(self.own, None)
         fixed = self._fixed_point(ops.binary("Mul", weights, weights))
         fixed = ops.binary("Mul", fixed, ops.cast(self.participating, "int32"))
         return ops.cast(self._spread(self.own, fixed, self.experts), "int64")
@@ -313,12 +313,10 @@ class _Routing:
 
     def _weigh(self, chosen: Any, valid: Any) -> Any:
         weights = self._choice_weights(chosen, valid)
-        if self.spec.scoring != "softmax":
-            weights = self._divide_by_sum(weights)
         return self.ops.binary("Mul", weights, self._float(self.spec.routed_scaling_factor))
 
     def _choice_weights(self, chosen: Any, valid: Any) -> Any:
-        """[T, k] float32 before any normalisation; 0 in slots that are not valid, where that is given."""
+        """[T, k] float32 before scaling; 0 in slots that are not valid, where that is given."""
         ops = self.ops
         if self.spec.scoring != "topk_softmax":
             weights = ops.gather_elements(self.affinity, chosen)
@@ -328,7 +326,9 @@ class _Routing:
             if valid is not None:  # a row without any choice may hold -inf alone
                 below = ops.where(valid, below, self._float(0.0))
             weights = self._exp(below)
-        return weights if valid is None else ops.where(valid, weights, self._float(0.0))
+        if valid is not None:
+            weights = ops.where(valid, weights, self._float(0.0))
+        return weights if self.spec.scoring == "softmax" else self._divide_by_sum(weights)
 
     def _divide_by_sum(self, weights: Any) -> Any:
         """[T, k] float32"""
