@@ -12,7 +12,7 @@ GPUs are simulated and hold contiguous slices of the experts: counts are exact, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,10 +21,10 @@ import click
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor, nn
 
 from xshare_trtllm import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation import held_out, load_model, token_batches
+from xshare_trtllm.evaluation import held_out, load_model, teacher_forced, token_batches, token_bytes
+from xshare_trtllm.evaluation.measure import Quality, compare
 from xshare_trtllm.hf import attach
 from xshare_trtllm.planning.cost import Loads
 from xshare_trtllm.planning.shapes import shape
@@ -42,6 +42,7 @@ MODEL_BATCHES = (16, 32, 64)
 LOSSES = (0.005, 0.008, 0.01)
 RESULTS = Path(__file__).parent / "results" / "expert_parallel.json"
 
+INTERVALS = {"bits_per_byte": "bits_interval", "accuracy": "accuracy_interval"}
 COVERAGE, NUMBER, PAPER = "coverage", "one number per GPU", "the paper's rule"
 
 
@@ -56,11 +57,11 @@ class Setting:
 
 
 def number_settings(gpus: int, batch: int) -> list[Setting]:
-    """The numbers per GPU by squared weights and, with two warm-ups, by the paper's utility."""
+    """The numbers per GPU by squared weights and by the paper's utility, that with two warm-ups at BATCH."""
     settings = []
     for limit in PER_GPU[gpus]:
         settings.append(Setting(NUMBER, XShareConfig(gpu_budget=limit), gpus, batch))
-        for warmup in (1, 2):
+        for warmup in (1, 2) if batch == BATCH else (2,):
             config = XShareConfig(gpu_budget=limit, warmup=warmup, utility="affinity")
             settings.append(Setting(PAPER, config, gpus, batch))
     return settings
@@ -82,43 +83,29 @@ def all_settings() -> list[Setting]:
 # ---- (a) The shipped model --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Of each document: nats [documents] and share of tokens predicted [documents]."""
-
-    nats: Tensor
-    accuracy: Tensor
-
-
 class ShippedModel:
     """The model, its held-out text, and how well it does with its own routing."""
 
     def __init__(self) -> None:
         self.model, tokenizer = load_model()
         self.tokens = torch.cat(token_batches(held_out(), tokenizer, LENGTH))
+        self.token_bytes = token_bytes(tokenizer)
         self.experts = RouterSpec.from_hf_config(self.model.config).num_experts
         self.own = self.score(BATCH)
 
-    @torch.inference_mode()
-    def score(self, batch: int) -> Scores:
+    def score(self, batch: int) -> Quality:
         """The text in batches of `batch`, with whatever is attached; what does not fill a batch is left
         out."""
-        nats, accuracy = [], []
-        for tokens in self.tokens[: len(self.tokens) // batch * batch].split(batch):
-            logits, targets = self.model(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]
-            losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            nats.append(losses.double().sum(1))
-            accuracy.append((logits.argmax(-1) == targets).double().mean(1))
-        return Scores(torch.cat(nats), torch.cat(accuracy))
+        full = self.tokens[: len(self.tokens) // batch * batch]
+        return teacher_forced(self.model, full.split(batch), self.token_bytes)
 
     def measure(self, setting: Setting) -> dict[str, Any]:
         """Means over layers and steps, and changes relative to the own routing, with 95 % intervals."""
         placement = contiguous_placement(self.experts, setting.gpus)
         with attach(self.model, setting.config, prefill="stepwise", expert_gpu=placement) as attached:
-            scores = self.score(setting.batch)
+            quality = self.score(setting.batch)
             stats = attached.stats
-        bits = paired_change(scores.nats, self.own.nats)
-        accuracy = paired_change(scores.accuracy, self.own.accuracy)
+        change = compare(quality, _first(self.own, len(quality.nats)))
         own_peak = mean(layer.peak_gpu_before for layer in stats)
         peak = mean(layer.peak_gpu_after for layer in stats)
         return {
@@ -132,25 +119,18 @@ class ShippedModel:
             "peak": peak,
             "times_less": own_peak / peak,
             "kept_utility": mean(layer.kept_utility for layer in stats),
-            "bits_change": bits[0],
-            "bits_interval": bits[1],
-            "accuracy_change": accuracy[0],
-            "accuracy_interval": accuracy[1],
+            "change": asdict(change),
         }
 
 
-def paired_change(values: Tensor, own: Tensor) -> tuple[float, float]:
-    """Relative change of the mean over documents, and half of its 95 % interval; `own` may have more
-    documents at its end."""
-    own = own[: len(values)]
-    difference = values - own
-    half = 1.96 * difference.std() / len(difference) ** 0.5
-    return float(difference.mean() / own.mean()), float(half / own.mean())
+def _first(quality: Quality, documents: int) -> Quality:
+    parts = (quality.nats, quality.bytes, quality.predictions, quality.targets)
+    return Quality(*(part[:documents] for part in parts))
 
 
 def best_at(rows: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:
     """The least peak at no more than that relative loss of accuracy."""
-    good = [row for row in rows if row["accuracy_change"] >= -loss]
+    good = [row for row in rows if row["change"]["accuracy"] >= -loss]
     return min(good, key=lambda row: row["peak"], default=None)
 
 
@@ -216,10 +196,14 @@ def shipped_table(report: dict[str, Any]) -> Table:
             f"{row['own_peak']:.2f} > {row['peak']:.2f}",
             f"{row['times_less']:.2f}",
             f"{row['kept_utility']:.1%}",
-            f"{row['bits_change']:+.2%} ± {row['bits_interval']:.2%}",
-            f"{row['accuracy_change']:+.2%} ± {row['accuracy_interval']:.2%}",
+            *(_with_interval(row["change"], name) for name in ("bits_per_byte", "accuracy")),
         )
     return table
+
+
+def _with_interval(change: dict[str, Any], name: str) -> str:
+    low, high = change[INTERVALS[name]]
+    return f"{change[name]:+.2%} ({low:+.2%} to {high:+.2%})"
 
 
 def shapes_table(report: dict[str, Any]) -> Table:
@@ -260,10 +244,15 @@ def _plot_rules(axis: Any, rows: list[dict[str, Any]]) -> None:
         rule, _, warmup = label.partition(", warm-up ")
         points = [r for r in rows if r["rule"] == rule and warmup in ("", str(r["config"]["warmup"]))]
         points.sort(key=lambda r: r["peak"])
+        changes = [100 * r["change"]["accuracy"] for r in points]
+        ends = [[100 * end for end in r["change"]["accuracy_interval"]] for r in points]
         axis.errorbar(
             [r["times_less"] for r in points],
-            [100 * r["accuracy_change"] for r in points],
-            [100 * r["accuracy_interval"] for r in points],
+            changes,
+            [
+                [change - low for change, (low, _) in zip(changes, ends, strict=True)],
+                [high - change for change, (_, high) in zip(changes, ends, strict=True)],
+            ],
             fmt=style,
             capsize=2,
             label=label,
@@ -282,7 +271,7 @@ def _plot_batches(axis: Any, rows: list[dict[str, Any]]) -> None:
             lines.setdefault(setting_name(row), []).append(row)
     for name, points in lines.items():
         style = "o-" if name.startswith(COVERAGE) else "ks--"
-        changes = [100 * r["accuracy_change"] for r in points]
+        changes = [100 * r["change"]["accuracy"] for r in points]
         axis.plot([r["batch"] for r in points], changes, style, label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
@@ -334,7 +323,7 @@ def main(json_path: Path) -> None:
         "machine": machine(),
         "documents": len(shipped.tokens),
         "tokens": shipped.tokens[:, 1:].numel(),
-        "accuracy": float(shipped.own.accuracy.mean()),
+        "accuracy": shipped.own.accuracy,
         "shipped_model": rows,
         "best_at_loss": best_of_each(rows),
         "shapes": [row for case in shapes for row in case],

@@ -13,7 +13,6 @@ as banned, and a rule is judged by the utility (squared weights) that it keeps a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from xshare_trtllm import RouterSpec, XShareConfig, route
+from xshare_trtllm.evaluation.peers import Rule, Steps, fewer_per_row, lynx, moe_spec, oea
 from xshare_trtllm.evaluation.traces import load_trace
 from xshare_trtllm.planning.cost import Loads
 from xshare_trtllm.report import console, machine, write_aside, write_json
@@ -35,6 +35,8 @@ COVERAGES = (0.99, 0.97, 0.95, 0.90)
 BUDGET_SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # of the experts
 PLOTTED_BATCH = 16
 LAGS = (1, 2, 4, 16)
+PER_ROW = {"fewer per row": fewer_per_row, "OEA, simplified": oea}
+PER_BATCH = {"top-k mass (MoE-Spec)": moe_spec, "frequency (Lynx)": lynx}
 RESULTS = Path(__file__).parent / "results" / "traces.json"
 
 
@@ -49,66 +51,17 @@ class Trace:
         self.spec = RouterSpec(int(ids.max()) + 1, top_k, "topk_softmax")
         self.budgets = sorted({max(top_k, round(s * self.spec.num_experts)) for s in BUDGET_SHARES})
 
-    def steps(self, batch: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids and weights [layers, batch, k] of `count` decode steps; the same for the same arguments."""
+    def steps(self, batch: int, count: int) -> Tensor:
+        """Router logits [layers, count, batch, E] of decode steps with these choices; the same for the same
+        arguments. What a row did not choose is banned."""
         generator = torch.Generator().manual_seed(batch)
-        for _ in range(count):
-            request = torch.randperm(self.requests, generator=generator)[:batch]
-            token = torch.randint(0, self.tokens, (batch,), generator=generator)
-            yield tuple(x[request, token].transpose(0, 1) for x in (self.ids, self.weights))
-
-
-# ---- The rules ---------------------------------------------------------------------------------------------
-# A peer's rule gives, from ids and weights [rows, k] and its own number n, the slots bool [rows, k] that it
-# uses. Its active experts are those of the slots in use.
-
-Rule = Callable[[Tensor, Tensor, int, int], Tensor]
-
-
-def fewer_per_row(ids: Tensor, weights: Tensor, experts: int, n: int) -> Tensor:
-    """Plain reduction: each row uses its n best."""
-    return (torch.arange(ids.shape[1]) < n).expand(ids.shape)
-
-
-def oea(ids: Tensor, weights: Tensor, experts: int, n: int) -> Tensor:
-    """OEA (arXiv 2511.02237), simplified form: what is among any row's n best serves every row that wants
-    it."""
-    active = torch.zeros(experts, dtype=torch.bool)
-    active[ids[:, :n].flatten()] = True
-    return active[ids]
-
-
-def mass(ids: Tensor, weights: Tensor, experts: int, n: int) -> Tensor:
-    """MoE-Spec (arXiv 2602.16052): the n experts with the largest sum of the rows' own weights."""
-    return _largest(torch.zeros(experts).index_add_(0, ids.flatten(), weights.flatten()), n)[ids]
-
-
-def frequency(ids: Tensor, weights: Tensor, experts: int, n: int) -> Tensor:
-    """Lynx (arXiv 2411.08982): the n experts that most rows choose."""
-    return _largest(torch.bincount(ids.flatten(), minlength=experts), n)[ids]
-
-
-def _largest(values: Tensor, n: int) -> Tensor:
-    """Bool [E]; the lower id wins a tie."""
-    active = torch.zeros(len(values), dtype=torch.bool)
-    active[values.sort(descending=True, stable=True).indices[:n]] = True
-    return active
-
-
-PER_ROW: dict[str, Rule] = {"fewer per row": fewer_per_row, "OEA, simplified": oea}
-PER_BATCH: dict[str, Rule] = {"top-k mass (MoE-Spec)": mass, "frequency (Lynx)": frequency}
-
-
-def choice_logits(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """[..., E]: logits of a `topk_softmax` router with that choice; what a row did not choose is banned."""
-    logits = torch.full((*ids.shape[:-1], experts), -torch.inf)
-    return logits.scatter_(-1, ids, weights.log())
-
-
-def shared(logits: Tensor, spec: RouterSpec, config: XShareConfig) -> tuple[float, float]:
-    """Active experts and utility kept, of this project's choice."""
-    routing = route(logits, spec, config)
-    return float(routing.active_experts.sum()), routing.stats.kept_utility
+        request = torch.stack(
+            [torch.randperm(self.requests, generator=generator)[:batch] for _ in range(count)]
+        )
+        token = torch.randint(0, self.tokens, (count, batch), generator=generator)
+        ids, weights = (x[request, token].movedim(2, 0) for x in (self.ids, self.weights))
+        logits = torch.full((*ids.shape[:-1], self.spec.num_experts), -torch.inf)
+        return logits.scatter_(-1, ids, weights.log())
 
 
 # ---- Measuring ---------------------------------------------------------------------------------------------
@@ -116,27 +69,55 @@ def shared(logits: Tensor, spec: RouterSpec, config: XShareConfig) -> tuple[floa
 
 def measure(trace: Trace, batch: int, steps: int) -> dict[str, Any]:
     """Means over layers and steps, with the 95 % interval over steps where two rules are compared."""
-    spec = trace.spec
-    values: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for ids, weights in trace.steps(batch, steps):
-        layers = list(zip(ids, weights, choice_logits(ids, weights, spec.num_experts), strict=True))
-        for name, config in _configs(trace).items():
-            ours = [shared(logits, spec, config) for _, _, logits in layers]
-            values["ours", name].append(torch.tensor(ours).mean(0))
-        for name, rule, n in _peers(trace):
-            pairs = [_compare(rule, n, *layer, spec) for layer in layers]
-            values["peer", name, n].append(torch.tensor(pairs).mean(0))
-    ours = {key[1]: torch.stack(v).mean(0).tolist() for key, v in values.items() if key[0] == "ours"}
-    own = ours.pop("own")[0]
-    return {
-        "batch": batch,
-        "own": own,
-        "ours": [
-            {"setting": name, "experts": experts, "saved": 1 - experts / own, "kept_utility": kept}
-            for name, (experts, kept) in ours.items()
-        ],
-        "peers": [_peer_row(*key[1:], torch.stack(v)) for key, v in values.items() if key[0] == "peer"],
-    }
+    layers = [Steps.of(x, trace.spec, None, i) for i, x in enumerate(trace.steps(batch, steps))]
+    own = float(_mean(layers, lambda layer: shared(layer, XShareConfig.off(trace.spec)))[0])
+    ours = []
+    for name, config in _configs(trace).items():
+        experts, kept = _mean(layers, lambda layer, config=config: shared(layer, config)).tolist()
+        row = {"setting": name, "experts": experts, "saved": 1 - experts / own, "kept_utility": kept}
+        ours.append(row)
+    peers = [_compare(layers, *peer) for peer in _peers(trace)]
+    return {"batch": batch, "own": own, "ours": ours, "peers": peers}
+
+
+def _mean(layers: list[Steps], outcome: Callable[[Steps], Tensor]) -> Tensor:
+    """Of [steps, n] of each layer: [n]."""
+    return torch.stack([outcome(layer) for layer in layers]).mean((0, 1))
+
+
+def shared(layer: Steps, config: XShareConfig | list[XShareConfig]) -> Tensor:
+    """Active experts and utility kept by this project's choice, fp64 [steps, 2]; one configuration for all
+    steps or one for each."""
+    configs = config if isinstance(config, list) else [config] * len(layer.logits)
+    routed = [route(step, layer.spec, c) for step, c in zip(layer.logits, configs, strict=True)]
+    values = [(float(r.active_experts.sum()), r.stats.kept_utility) for r in routed]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def followed(layer: Steps, rule: Rule) -> Tensor:
+    """Active experts and utility kept by a peer's rule, fp64 [steps, 2]."""
+    ids, weights = rule(layer)
+    utility = torch.zeros_like(layer.ranking).scatter_(2, layer.own, layer.shares.square())
+    used = torch.zeros_like(utility).scatter_add_(2, ids, (weights > 0).float()) > 0
+    kept = (utility * used).sum((1, 2)) / utility.sum((1, 2))
+    return torch.stack([used.any(1).sum(1), kept], 1).double()
+
+
+def _compare(layers: list[Steps], name: str, n: int, rule: Rule) -> dict[str, Any]:
+    """A peer, and what as many of our experts keep in the same layer and step (at least k: no choice here is
+    smaller)."""
+    by_layer = []
+    for layer in layers:
+        theirs = followed(layer, rule)
+        sizes = [max(int(experts), layer.spec.top_k) for experts in theirs[:, 0]]
+        ours = shared(layer, [XShareConfig(size, warmup=0) for size in sizes])
+        by_layer.append(torch.cat([theirs, ours[:, 1:]], 1))
+    values = torch.stack(by_layer).mean(0)  # [steps, 3]
+    experts, kept, ours_kept = values.mean(0).tolist()
+    difference = values[:, 2] - values[:, 1]
+    half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+    row = {"rule": name, "n": n, "experts": experts, "kept_utility": kept, "ours_kept": ours_kept}
+    return row | {"difference": float(difference.mean()), "interval": half}
 
 
 def _configs(trace: Trace) -> dict[str, XShareConfig]:
@@ -147,33 +128,11 @@ def _configs(trace: Trace) -> dict[str, XShareConfig]:
     return configs | {f"budget {m}, warm-up 0": XShareConfig(m, warmup=0) for m in trace.budgets}
 
 
-def _peers(trace: Trace) -> Iterator[tuple[str, Rule, int]]:
+def _peers(trace: Trace) -> Iterator[tuple[str, int, Rule]]:
     for name, rule in PER_ROW.items():
-        yield from ((name, rule, n) for n in range(1, trace.spec.top_k))
+        yield from ((name, n, rule(n)) for n in range(1, trace.spec.top_k))
     for name, rule in PER_BATCH.items():
-        yield from ((name, rule, m) for m in trace.budgets)
-
-
-def _compare(
-    rule: Rule, n: int, ids: Tensor, weights: Tensor, logits: Tensor, spec: RouterSpec
-) -> tuple[float, float, float]:
-    """The peer's active experts and the utility it keeps, and what as many of ours keep. A set below k
-    experts is filled up to k by ours, so it is compared with the peer's only from k on."""
-    used = rule(ids, weights, spec.num_experts, n)
-    squares = weights.square()
-    active = len(ids[used].unique())
-    kept = float((squares * used).sum() / squares.sum())
-    config = XShareConfig(max(active, spec.top_k), warmup=0)
-    return float(active), kept, shared(logits, spec, config)[1]
-
-
-def _peer_row(name: str, n: int, values: Tensor) -> dict[str, Any]:
-    """values [steps, 3]."""
-    experts, kept, ours = values.mean(0).tolist()
-    difference = values[:, 2] - values[:, 1]
-    half = 1.96 * float(difference.std()) / len(difference) ** 0.5
-    row = {"rule": name, "n": n, "experts": experts, "kept_utility": kept, "ours_kept": ours}
-    return row | {"difference": float(difference.mean()), "interval": half}
+        yield from ((name, m, rule(m)) for m in trace.budgets)
 
 
 def describe(trace: Trace) -> dict[str, Any]:
