@@ -32,12 +32,13 @@ def test_the_settings_answer_the_question():
     settings = benchmark.all_settings()
     assert len(set(settings)) == len(settings)
     covered = [s for s in settings if s.rule == benchmark.COVERAGE]
-    assert {(s.gpus, s.batch) for s in covered} == {(g, b) for g in (2, 4, 8, 16) for b in (4, 8, 16, 32, 64)}
+    cases = {(8, batch) for batch in (4, 8, 16, 32, 64)} | {(gpus, 16) for gpus in (2, 4, 8, 16)}
+    assert {(s.gpus, s.batch) for s in covered} == cases
     assert all(s.config.gpu_budget is None and s.config.budget is None for s in covered)
     papers = [s for s in settings if s.rule == benchmark.PAPER]
     assert papers and all(s.config.utility == "affinity" for s in papers)
     numbers = {(s.gpus, s.batch, s.config.gpu_budget) for s in settings if s.rule == benchmark.NUMBER}
-    assert numbers == {(s.gpus, s.batch, s.config.gpu_budget) for s in papers}, "side by side"
+    assert numbers >= {(s.gpus, s.batch, s.config.gpu_budget) for s in papers}, "side by side"
 
 
 def test_a_row_is_what_the_attached_model_did(shipped):
