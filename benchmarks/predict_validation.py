@@ -36,7 +36,8 @@ from xshare_trtllm.report import console, machine, write_json
 RESULTS = Path(__file__).parent / "results"
 MOE_LAYER = RESULTS / "moe_layer_gpu.json"
 PAPER_BATCH, PAPER_GAIN = 16, 0.13  # gpt-oss-120b with 30 % fewer experts, arXiv 2602.07265
-# Active experts of gpt-oss-20b, mixed batches: 494 requests of AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
+# Active experts of gpt-oss-20b in mixed batches: 494 requests of the public repository
+# AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
 REAL_EXPERTS = {4: 11.98, 8: 17.90, 16: 23.07, 32: 26.66}
 LENGTH = 256  # tokens of a document
 
