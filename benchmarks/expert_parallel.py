@@ -36,8 +36,9 @@ GPUS, BATCH = 8, 16
 GPU_COUNTS = (2, 4, 8, 16)
 BATCHES = (4, 8, 16, 32, 64)
 COVERAGES = (0.99, 0.97, 0.95, 0.90, 0.85)
-PER_GPU = {2: (14, 18), 4: (7, 10), 8: (3, 4, 5, 6), 16: (2, 3)}
-NUMBERS_OVER_BATCHES = (3, 4)
+FEWER_COVERAGES = (0.97, 0.95, 0.90)
+NUMBERS = (3, 4, 5, 6)  # experts per GPU
+HALF_PEAK = {2: 14, 4: 7, 8: 4, 16: 2}  # experts per GPU: about half of the own peak at BATCH
 MODELS = ("deepseek-r1", "kimi-k2", "qwen3-235b-a22b", "gpt-oss-120b")
 MODEL_BATCHES = (16, 32, 64)
 LOSSES = (0.005, 0.008, 0.01)
@@ -58,18 +59,24 @@ class Setting:
 
 
 def all_settings() -> list[Setting]:
-    """Coverages over the batches at GPUS and over the numbers of GPUs at BATCH, and there numbers per GPU by
-    squared weights and by the paper's utility, that with two warm-ups."""
-    settings = []
-    for gpus, batch in [(GPUS, b) for b in BATCHES] + [(g, BATCH) for g in GPU_COUNTS if g != GPUS]:
-        settings += [Setting(COVERAGE, XShareConfig(coverage=c), gpus, batch) for c in COVERAGES]
-        for limit in PER_GPU[gpus] if batch == BATCH else NUMBERS_OVER_BATCHES:
-            settings.append(Setting(NUMBER, XShareConfig(gpu_budget=limit), gpus, batch))
-        for limit in PER_GPU[gpus] if batch == BATCH else ():
-            for warmup in (1, 2):
-                config = XShareConfig(gpu_budget=limit, warmup=warmup, utility="affinity")
-                settings.append(Setting(PAPER, config, gpus, batch))
+    """Everything at GPUS and BATCH; and one of the two at a time changed, fewer settings."""
+    settings = [
+        Setting(COVERAGE, XShareConfig(coverage=c, warmup=warmup)) for warmup in (1, 0) for c in COVERAGES
+    ]
+    for limit in NUMBERS:
+        settings.append(Setting(NUMBER, XShareConfig(gpu_budget=limit)))
+        settings += [Setting(PAPER, paper(limit, warmup)) for warmup in (1, 2)]
+    others = [(GPUS, batch, HALF_PEAK[GPUS]) for batch in BATCHES if batch != BATCH]
+    others += [(gpus, BATCH, limit) for gpus, limit in HALF_PEAK.items() if gpus != GPUS]
+    for gpus, batch, limit in others:
+        settings += [Setting(COVERAGE, XShareConfig(coverage=c), gpus, batch) for c in FEWER_COVERAGES]
+        settings.append(Setting(NUMBER, XShareConfig(gpu_budget=limit), gpus, batch))
+        settings.append(Setting(PAPER, paper(limit, 2), gpus, batch))
     return settings
+
+
+def paper(limit: int, warmup: int) -> XShareConfig:
+    return XShareConfig(gpu_budget=limit, warmup=warmup, utility="affinity")
 
 
 # ---- (a) The shipped model --------------------------------------------------------------------------------
@@ -167,7 +174,7 @@ def shape_cases() -> list[tuple[str, int, int]]:
 def setting_name(row: dict[str, Any]) -> str:
     config = row["config"]
     if row["rule"] == COVERAGE:
-        return f"coverage {config['coverage']:.2f}"
+        return f"coverage {config['coverage']:.2f}" + ("" if config["warmup"] else ", no warm-up")
     return f"{config['gpu_budget']} per GPU, warm-up {config['warmup']}"
 
 
@@ -231,10 +238,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def _plot_rules(axis: Any, rows: list[dict[str, Any]]) -> None:
-    styles = {COVERAGE: "o-", NUMBER: "s--", f"{PAPER}, warm-up 1": "^:", f"{PAPER}, warm-up 2": "v:"}
-    for label, style in styles.items():
-        rule, _, warmup = label.partition(", warm-up ")
-        points = [r for r in rows if r["rule"] == rule and warmup in ("", str(r["config"]["warmup"]))]
+    lines = ((COVERAGE, 1, "o-"), (COVERAGE, 0, "o:"), (NUMBER, 1, "s--"), (PAPER, 1, "^:"), (PAPER, 2, "v:"))
+    for rule, warmup, style in lines:
+        points = [r for r in rows if (r["rule"], r["config"]["warmup"]) == (rule, warmup)]
         points.sort(key=lambda r: r["peak"])
         changes = [100 * r["change"]["accuracy"] for r in points]
         ends = [[100 * end for end in r["change"]["accuracy_interval"]] for r in points]
@@ -247,7 +253,7 @@ def _plot_rules(axis: Any, rows: list[dict[str, Any]]) -> None:
             ],
             fmt=style,
             capsize=2,
-            label=label,
+            label=f"{rule}, warm-up {warmup}",
         )
     axis.axhline(0, color="black", linewidth=1)
     axis.axhline(-0.8, color="grey", linestyle="--", linewidth=1)
@@ -257,11 +263,11 @@ def _plot_rules(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _plot_batches(axis: Any, rows: list[dict[str, Any]]) -> None:
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["rule"] == COVERAGE or (row["rule"], row["config"]["gpu_budget"]) == (NUMBER, 4):
-            lines.setdefault(setting_name(row), []).append(row)
-    for name, points in lines.items():
+    names = [f"coverage {c:.2f}" for c in FEWER_COVERAGES]
+    names.append(f"{HALF_PEAK[GPUS]} per GPU, warm-up 1")
+    for name in names:
+        points = [r for r in rows if r["rule"] != PAPER and setting_name(r) == name]
+        points.sort(key=lambda r: r["batch"])
         style = "o-" if name.startswith(COVERAGE) else "ks--"
         changes = [100 * r["change"]["accuracy"] for r in points]
         axis.plot([r["batch"] for r in points], changes, style, label=name)
@@ -274,10 +280,10 @@ def _plot_batches(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 def _plot_gpu_counts(axis: Any, rows: list[dict[str, Any]]) -> None:
     own = {r["gpus"]: r["own_peak"] for r in rows}
-    axis.plot(list(own), list(own.values()), "k*-", label="own routing")
-    for coverage in COVERAGES:
-        points = {r["gpus"]: r["peak"] for r in rows if r["config"]["coverage"] == coverage}
-        axis.plot(list(points), list(points.values()), "o-", label=f"coverage {coverage:.2f}")
+    axis.plot(*zip(*sorted(own.items()), strict=True), "k*-", label="own routing")
+    for name in (f"coverage {c:.2f}" for c in FEWER_COVERAGES):
+        points = {r["gpus"]: r["peak"] for r in rows if setting_name(r) == name}
+        axis.plot(*zip(*sorted(points.items()), strict=True), "o-", label=name)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(GPU_COUNTS, [str(n) for n in GPU_COUNTS])

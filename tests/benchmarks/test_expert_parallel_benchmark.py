@@ -82,7 +82,11 @@ def test_best_at_loss():
 
 def test_report_and_picture(monkeypatch, tmp_path):
     settings = [
-        *(Setting(benchmark.COVERAGE, XShareConfig(coverage=0.9), gpus, 16) for gpus in (2, 8)),
+        *(
+            Setting(benchmark.COVERAGE, XShareConfig(coverage=c), gpus, 16)
+            for c in (0.97, 0.95, 0.9)
+            for gpus in (2, 8)
+        ),
         Setting(benchmark.NUMBER, XShareConfig(gpu_budget=4)),
         Setting(benchmark.PAPER, XShareConfig(gpu_budget=4, warmup=2, utility="affinity")),
     ]
