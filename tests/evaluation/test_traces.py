@@ -133,8 +133,8 @@ def test_drawn_routers_behave_like_the_traces(recorded):
     for batch in (8, 16):
         experts = sum(one["distinct_experts"][batch] for one in drawn) / 3
         assert experts == pytest.approx(traces["distinct_experts"][batch], rel=0.04)
-        kept = sum(one["kept_utility"][batch] for one in drawn) / 3
-        assert kept == pytest.approx(traces["kept_utility"][batch], abs=0.03)
+        kept = sum(one["kept_affinity"][batch] for one in drawn) / 3
+        assert kept == pytest.approx(traces["kept_affinity"][batch], abs=0.03)
     overlap = {name: sum(one["overlap"][name] for one in drawn) / 3 for name in ("1", "16", "other")}
     assert overlap["1"] > overlap["16"] > overlap["other"] > 8 / 64
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from xshare_trtllm import XShareConfig
@@ -239,9 +240,16 @@ def test_measured_moe_layers_are_compared_where_they_exist(monkeypatch, tmp_path
     measured = {"machine": {"gpu": "NVIDIA H200"}, "results": results}
     monkeypatch.setattr(benchmark, "MOE_LAYER", tmp_path / "moe_layer_gpu.json")
     benchmark.MOE_LAYER.write_text(json.dumps(measured))
+    traces = torch.randn(1, 64, 18, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(benchmark, "record_shipped", lambda: traces)
+    monkeypatch.setattr(benchmark, "LENGTH", 18)
     out = tmp_path / "validation.json"
     result = CliRunner().invoke(benchmark.main, ["--json", str(out)])
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["moe_layer"]
     assert [row["us_predicted"] for row in rows] == pytest.approx([row["us"] for row in rows])
     assert [row["active_experts"] for row in rows] == [8, 128]
+    report = json.loads(out.read_text())
+    assert [row["experts"] for row in report["real_router"]] == [11.98, 17.9, 23.07, 26.66]
+    both = [side["distinct_experts"]["4"] for side in report["shipped_model"].values()]
+    assert both[1] == pytest.approx(both[0], rel=0.03), "half of the documents tell of the other half"

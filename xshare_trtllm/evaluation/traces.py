@@ -407,7 +407,7 @@ def statistics(logits: Tensor, top_k: int, batches: Iterable[int] = (4, 8, 16, 3
     """What a fit is judged by, from traces [layers, documents, length, E] of a softmax router.
 
     distinct_experts  {batch: mean over layers and steps of the experts that a step activates}
-    kept_utility     {batch: share of the softmax that the E * 3/8 best experts of a step keep}
+    kept_affinity     {batch: share of the softmax that the E * 3/8 best experts of a step keep}
     overlap           share of its top_k that a token has in common with one `lag` later in its document
                       ("1", "2", "4", "16") and with one of another document ("other")
     """
@@ -423,7 +423,7 @@ def statistics(logits: Tensor, top_k: int, batches: Iterable[int] = (4, 8, 16, 3
     pairs = {str(lag): (chosen[:, :, lag:], chosen[:, :, :-lag]) for lag in (1, 2, 4, 16)}
     pairs["other"] = chosen[:, 1:], chosen[:, :-1]
     overlap = {name: float((a & b).sum(-1).float().mean()) / top_k for name, (a, b) in pairs.items()}
-    return {"distinct_experts": distinct, "kept_utility": kept, "overlap": overlap}
+    return {"distinct_experts": distinct, "kept_affinity": kept, "overlap": overlap}
 
 
 def record_shipped() -> Tensor:
