@@ -56,6 +56,11 @@ LENGTH = 128
 DRAFT = "4 x 4"  # requests x positions
 SHAPES = ("4", "8", "16", "32", DRAFT)
 OURS, BUDGET = "XShare, coverage", "XShare, budget"
+COLOURS = {
+    "paper, warm-up 0": "tab:red", "paper, warm-up 1": "tab:orange", "paper, warm-up 2": "goldenrod",
+    "OEA, simplified": "tab:blue", "OEA": "tab:cyan", "MoE-Spec": "tab:green", "Lynx": "tab:brown",
+    "SERE": "tab:purple", "fewer per row": "tab:grey",
+}  # fmt: skip
 DIVIDED = "XShare, weights divided by their sum"
 COVERAGES = (0.99, 0.97, 0.95, 0.92, 0.88)
 SHARES = (0.85, 0.7, 0.55)  # of the experts that the own routing activates
@@ -164,29 +169,30 @@ def divided_budgets(points: list[Point]) -> list[Verdict]:
     return [Verdict(p.method, p.setting, p.active, c.bits_per_byte, c.bits_interval) for p, c in pairs]
 
 
-def plot(results: dict[str, dict[str, list[Point]]], path: Path) -> None:
-    """A panel for each model and shape: what is lost against what is active."""
+def plot(models: dict[str, dict[str, Any]], path: Path) -> None:
+    """From the report: a panel for each model and shape, what is lost against what is active."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(next(iter(results.values())))
+    shapes = list(next(iter(models.values())))
     figure, axes = pyplot.subplots(
-        len(results), len(shapes), figsize=(3.1 * len(shapes), 3.2 * len(results) + 0.6),
+        len(models), len(shapes), figsize=(3.1 * len(shapes), 3.2 * len(models) + 0.6),
         constrained_layout=True, squeeze=False,
     )  # fmt: skip
     styles: dict[str, Any] = {OURS: "k-o", BUDGET: "k--s"}
-    for row, (model, by_shape) in zip(axes, results.items(), strict=True):
-        for axis, (shape, points) in zip(row, by_shape.items(), strict=True):
-            names = list(dict.fromkeys(point.method for point in points[1:]))
-            for index, name in enumerate(names):
-                line = sorted((p for p in points if p.method == name), key=lambda p: p.active)
-                x = [p.active for p in line]
-                y = [100 * p.change.bits_per_byte for p in line]
-                colour = {} if name in styles else {"color": f"C{index % 10}"}
+    for row, (model, by_shape) in zip(axes, models.items(), strict=True):
+        for axis, (shape, result) in zip(row, by_shape.items(), strict=True):
+            own, *points = result["points"]
+            names = [name for name in dict.fromkeys(p["method"] for p in points) if name != DIVIDED]
+            for name in names:
+                line = sorted((p for p in points if p["method"] == name), key=lambda p: p["active"])
+                x = [p["active"] for p in line]
+                y = [100 * p["bits_per_byte"] for p in line]
+                colour = {} if name in styles else {"color": COLOURS[name.split(" (")[0]]}
                 axis.plot(x, y, styles.get(name, "-."), markersize=3.5, linewidth=1.2, label=name, **colour)
-            axis.set_title(f"{model}, {shape} rows (own: {points[0].active:.1f})", fontsize=8)
+            axis.set_title(f"{model}, {shape} rows (own: {own['active']:.1f})", fontsize=8)
             axis.set_ylim(-0.1, 3)
             axis.grid(alpha=0.3)
             axis.tick_params(labelsize=7)
@@ -238,23 +244,21 @@ def print_table(model: str, shape: str, points: list[Point], verdicts: list[Verd
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="where to write")
 def main(folders: tuple[Path, ...], shapes: tuple[str, ...], json_path: Path | None) -> None:
     """Measure XShare against its peers."""
-    results: dict[str, dict[str, list[Point]]] = {}
     report: dict[str, Any] = {"machine": machine(), "tokens_per_document": LENGTH, "models": {}}
     with one_thread(), Progress(console=console()) as progress:
         for folder in folders or MODELS:
             model, tokenizer = load_model(folder)
             calibration = token_batches(held_out()[-CALIBRATION:], tokenizer, LENGTH)
             similarity = expert_similarity(model, calibration)
-            by_shape = results[folder.name] = {}
-            report["models"][folder.name] = {}
+            by_shape = report["models"][folder.name] = {}
             for shape in shapes or SHAPES:
-                by_shape[shape] = curve(model, tokenizer, shape, similarity, progress)
-                verdicts = judge(by_shape[shape]) + divided_budgets(by_shape[shape])
-                print_table(folder.name, shape, by_shape[shape], verdicts)
-                report["models"][folder.name][shape] = {
+                points = curve(model, tokenizer, shape, similarity, progress)
+                verdicts = judge(points) + divided_budgets(points)
+                print_table(folder.name, shape, points, verdicts)
+                by_shape[shape] = {
                     "points": [
                         {"method": p.method, "setting": p.setting, "active": p.active} | asdict(p.change)
-                        for p in by_shape[shape]
+                        for p in points
                     ],
                     "against_xshare": [asdict(verdict) for verdict in verdicts],
                 }
@@ -269,7 +273,7 @@ def main(folders: tuple[Path, ...], shapes: tuple[str, ...], json_path: Path | N
     console().print("Better than XShare beyond the interval:", "; ".join(better) or "none")
     if json_path:
         write_json(json_path, report)
-        plot(results, json_path.with_suffix(".png"))
+        plot(report["models"], json_path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
