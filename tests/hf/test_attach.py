@@ -19,7 +19,7 @@ from transformers import (
 
 from xshare_trtllm import RouterSpec, XShareConfig
 from xshare_trtllm.hf import attach
-from xshare_trtllm.hf.attach import find_routers
+from xshare_trtllm.hf.routers import find_routers
 
 VOCABULARY, BATCH, LENGTH = 96, 8, 12
 SHAPE = {
