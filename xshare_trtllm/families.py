@@ -152,7 +152,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe_text": Family("softmax_renorm", only=_RENORMALISED),
     "qwen3_moe": Family(_BY_NORM),
     "qwen3_next": Family(_BY_NORM),
-    "qwen3_omni_moe_talker_text": Family(_BY_NORM),
     "qwen3_omni_moe_text": Family(_BY_NORM),
     "qwen3_vl_moe_text": Family("softmax_renorm", only=_RENORMALISED),
     "qwen4_exp_text": Family(_BY_NORM),

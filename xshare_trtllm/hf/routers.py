@@ -170,7 +170,6 @@ KINDS: dict[str, RouterKind] = {
     "qwen3_5_moe_text": RouterKind("Qwen3_5MoeTopKRouter"),
     "qwen3_moe": RouterKind("Qwen3MoeTopKRouter"),
     "qwen3_next": RouterKind("Qwen3NextTopKRouter"),
-    "qwen3_omni_moe_talker_text": RouterKind("Qwen3OmniMoeTalkerTextTopKRouter"),
     "qwen3_omni_moe_text": RouterKind("Qwen3OmniMoeThinkerTextTopKRouter"),
     "qwen3_vl_moe_text": RouterKind("Qwen3VLMoeTextTopKRouter"),
     "qwen4_exp_text": RouterKind("Qwen4ExpTextTopKRouter"),
