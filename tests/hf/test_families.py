@@ -10,7 +10,8 @@ from xshare_trtllm.hf import attach
 from xshare_trtllm.hf.routers import KINDS
 
 BATCH, LENGTH = 8, 4
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Ours computes scores in fp32, some models in their own dtype, which rounds to 8 or 11 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 # Written by their authors for transformers, not in it; the configuration of kimi_k2 becomes deepseek_v3's.
 ELSEWHERE = {"bailing_moe", "bailing_moe_v2"}
 MODELS = sorted(set(KINDS) - {"kimi_k2"})
@@ -29,7 +30,7 @@ def decode(model):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_off_is_bit_equal_and_a_budget_is_kept(model_type):
-    for dtype in DTYPES:
+    for dtype in TOLERANCE:
         with torch.inference_mode():
             model = tiny_model(model_type, dtype)
             own = decode(model)
@@ -38,6 +39,10 @@ def test_off_is_bit_equal_and_a_budget_is_kept(model_type):
             with attach(model, off) as attached:
                 assert all(map(torch.equal, decode(model), own)), dtype
             assert all(layer.steps == 1 for layer in attached.stats)
+            # A proposal of all experts per request limits nothing, but XShare routes: by the model's scores.
+            with attach(model, XShareConfig(spec.num_experts, request_budget=spec.num_experts)):
+                again = decode(model)[1]
+            torch.testing.assert_close(again, own[1], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
             budget = spec.top_k + 1
             with attach(model, XShareConfig(budget, warmup=1)) as attached:
                 prefill, step = decode(model)

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 from tiny_models import TOP_K, VOCABULARY, tiny_model
-from transformers import StoppingCriteria
+from transformers import ContinuousBatchingConfig, StoppingCriteria
 
-from xshare_trtllm import XShareConfig
+from xshare_trtllm import RouterSpec, XShareConfig, route
 from xshare_trtllm.hf import attach
 from xshare_trtllm.hf.routers import find_routers
 
@@ -155,15 +155,20 @@ def test_continuous_batching_limits_each_decode_step(model):
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5, 7, 9)]
     settings = dict(model.generation_config.to_dict(), max_new_tokens=6, do_sample=False, eos_token_id=-1)
     config = type(model.generation_config)(**settings)
-    own = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32)
+
+    def serve():
+        results = model.generate_batch(prompts, config, small, progress_bar=False).values()
+        return sorted(result.generated_tokens for result in results)
+
+    own = serve()
     with attach(model, XShareConfig.off(spec(model))) as attached:
-        off = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        off = serve()
         before = attached.stats
     with attach(model, TIGHT) as attached:
-        limited = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        limited = serve()
         after = attached.stats
-    texts = [sorted(output.generated_tokens for output in result.values()) for result in (own, off, limited)]
-    assert texts[0] == texts[1] and all(len(text) == 6 for text in texts[2])
+    assert own == off and [len(text) for text in limited] == [6] * 4
     assert before[0].steps == after[0].steps >= 5
     assert after[0].experts_after < before[0].experts_after
 
@@ -213,8 +218,6 @@ def test_another_output_is_an_error(model):
 
 def test_the_model_decides_its_ties_where_nothing_is_limited(model):
     """bf16 logits of 128 experts are often equal; a stable lower id is XShare's rule, not the model's."""
-    from xshare_trtllm import RouterSpec, route
-
     router = find_routers(model)[0]
     torch.manual_seed(0)
     logits = torch.randn(4096, 128).bfloat16()
@@ -248,6 +251,4 @@ def test_a_banned_expert_changes_no_text_without_a_limit():
 
 
 def spec(model):
-    from xshare_trtllm import RouterSpec
-
     return RouterSpec.from_hf_config(model.config)

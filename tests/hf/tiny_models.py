@@ -100,7 +100,7 @@ MORE: dict[str, dict[str, object]] = {
     },
     "glm4_moe_lite": LATENT,
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
-    "glm5_next_text": LATENT | {"index_topk": 16, "qk_rope_head_dim": 0, "mlp_layer_types": ["dense", "sparse"]},
+    "glm5_next_text": LATENT | {"index_topk": 16, "qk_rope_head_dim": 0, "layer_types": HYBRID["layer_types"], "mlp_layer_types": ["dense", "sparse"]},
     "glm_moe_dsa": LATENT,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hy_v4_vl_text": {"rope_parameters": MROPE},
@@ -170,13 +170,24 @@ def model_class(config):
     return found
 
 
+def scattered(model):
+    """The model with routers that spread the rows over the experts, and biases that matter."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
+                tensor.normal_(std=0.1)
+            elif tensor.dim() == 2 and tensor.shape[0] == EXPERTS and any(n in name for n in ROUTERS):
+                tensor.normal_(std=0.5)
+    return model.eval()
+
+
 def tiny_model(model_type, dtype=torch.float32):
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    model = model_class(config)._from_config(config, experts_implementation="eager", dtype=dtype).eval()
-    return model
+    return scattered(model_class(config)._from_config(config, experts_implementation="eager", dtype=dtype))
 
 
+ROUTERS = ("gate", "router")
 WRAPPERS = {
     "gemma4": "gemma4_text",
     "kimi_k25": "deepseek_v3",
@@ -202,6 +213,9 @@ def tiny_wrapper(model_type):
     text = tiny_config(WRAPPERS[model_type])
     config_class = CONFIG_MAPPING[model_type]
     vision = config_class().vision_config
-    small = {name: value for name, value in VISION.items() if name in fields(type(vision))}
-    config = config_class(text_config=text.to_dict(), vision_config=vision.to_dict() | small)
-    return AutoModelForImageTextToText.from_config(config, experts_implementation="eager").eval()
+    blocks: dict[str, object] = {"text_config": text.to_dict()}
+    if vision is not None:
+        small = {name: value for name, value in VISION.items() if name in fields(type(vision))}
+        blocks["vision_config"] = vision.to_dict() | small
+    config = config_class(**blocks)
+    return scattered(AutoModelForImageTextToText.from_config(config, experts_implementation="eager"))
