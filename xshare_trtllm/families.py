@@ -204,6 +204,13 @@ class HFConfig:
             return self._config.get(name)
         return getattr(self._config, name, None)
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields of a config.json's text model."""
+        if not isinstance(self._config, Mapping):
+            raise TypeError(f"fields: a config.json as a dict, not {type(self._config).__name__}")
+        return self._config
+
     def need(self, *names: str) -> Any:
         for name in names:
             value = self.get(name)

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import EXPERTS, TOP_K, VOCABULARY, WRAPPERS, tiny_config, tiny_model, tiny_wrapper
+from tiny_models import EXPERTS, TOP_K, VOCABULARY, WRAPPERS, tiny_model, tiny_wrapper
 
 from xshare_trtllm import RouterSpec, XShareConfig
-from xshare_trtllm.families import FAMILIES, KNOWN_MODEL_TYPES, REFUSED
 from xshare_trtllm.hf import attach
 from xshare_trtllm.hf.routers import KINDS
 
@@ -15,6 +14,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 # Written by their authors for transformers, not in it; the configuration of kimi_k2 becomes deepseek_v3's.
 ELSEWHERE = {"bailing_moe", "bailing_moe_v2"}
 MODELS = sorted(set(KINDS) - {"kimi_k2"})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products do not gain from a second thread, and wait for it where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tokens(length=LENGTH):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch import nn
-from transformers import AutoModelForImageTextToText, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, LAYERS, EXPERTS, TOP_K = 64, 2, 16, 4
@@ -59,6 +63,8 @@ SMALL = {
     "mamba_head_dim": 16,
     "ssm_state_size": 8,
     "chunk_size": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
@@ -81,9 +87,17 @@ MORE: dict[str, dict[str, object]] = {
     "axk2": LATENT,
     "bailing_hybrid": LATENT | HYBRID | {"num_experts": EXPERTS, "num_experts_per_token": TOP_K},
     "dbrx": {
-        "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": 64,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": LAYERS,
+        "max_seq_len": 64,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "hidden_size": 32},
+        "ffn_config": {
+            "ffn_hidden_size": 32,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": TOP_K,
+            "hidden_size": 32,
+        },
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": LATENT | {"norm_topk_prob": False},
@@ -100,11 +114,22 @@ MORE: dict[str, dict[str, object]] = {
     },
     "glm4_moe_lite": LATENT,
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
-    "glm5_next_text": LATENT | {"index_topk": 16, "qk_rope_head_dim": 0, "layer_types": HYBRID["layer_types"], "mlp_layer_types": ["dense", "sparse"]},
+    "glm5_next_text": LATENT
+    | {
+        "index_topk": 16,
+        "qk_rope_head_dim": 0,
+        "layer_types": HYBRID["layer_types"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "glm_moe_dsa": LATENT,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hy_v4_vl_text": {"rope_parameters": MROPE},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+    },
     "inkling2_loop_text": SLIDING,
     "inkling2_text": SLIDING,
     "jetmoe": {"kv_channels": 8},
@@ -164,7 +189,10 @@ def model_class(config):
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
     (found,) = [
-        c for c in classes if c.__dict__.get("config_class") is type(config) and c.__name__.endswith("Model")
+        c
+        for c in classes
+        if c.__dict__.get("config_class") is type(config)
+        and c.__name__.endswith("Model")
         and "PreTrained" not in c.__name__
     ]
     return found
