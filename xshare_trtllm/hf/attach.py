@@ -40,7 +40,7 @@ def attach(
                 `stepwise`  `step_tokens` positions are a step of their own: what decoding (1) or verifying
                             drafts (1 + draft length) of the same tokens would compute, in a single pass
     expert_gpu  [E] int, the GPU that holds each expert
-    step_tokens positions of a step for `stepwise`
+    step_tokens positions of a step for `stepwise`, whose first one is the prompt and keeps its own routing
 
     A pass of one token per sequence is always one batch.
 

@@ -88,11 +88,15 @@ def _awq(block: Block, names: Sequence[str]) -> float:
 
 
 def _gptq(block: Block, names: Sequence[str]) -> float:
-    left_out = [rule[2:] for rule in dict(block.get("dynamic") or {}) if rule.startswith("-:")]
-    if any(re.search(rule, name) for rule in left_out for name in names):
-        return 16
     if _contains(block.get("modules_to_not_convert"), names):
         return 16
+    for rule, change in dict(block.get("dynamic") or {}).items():
+        pattern = rule[2:] if rule[:2] in ("-:", "+:") else rule
+        if any(re.match(pattern, name) for name in names):
+            if rule.startswith("-:"):
+                return 16
+            block = {**block, **change}
+            break
     return _grouped(_number(block, "bits"), block.get("group_size"), True)  # zeros are stored in any case
 
 
@@ -108,6 +112,7 @@ _MODELOPT = {
     "FP8_PB_WO": 8.0,
     "NVFP4": 4.5,
     "NVFP4_AWQ": 4.5,
+    "W4A16_NVFP4": 4.5,
     "W4A16_AWQ": 4.125,
     "W4A8_AWQ": 4.125,
 }
@@ -116,11 +121,17 @@ _MODELOPT = {
 def _modelopt(block: Block, names: Sequence[str]) -> float:
     inner = block.get("quantization") if isinstance(block.get("quantization"), Mapping) else block
     assert isinstance(inner, Mapping)
-    algorithm = str(inner.get("quant_algo")).upper()
-    if algorithm not in _MODELOPT:
-        _refuse(f"modelopt's quant_algo={inner.get('quant_algo')!r}", f"known are {', '.join(_MODELOPT)}")
-    left_out = inner.get("exclude_modules") or inner.get("ignore")
-    return 16 if _matches(left_out, names) else _MODELOPT[algorithm]
+    if _matches(inner.get("exclude_modules") or inner.get("ignore"), names):
+        return 16
+    algorithm = inner.get("quant_algo")
+    if algorithm == "MIXED_PRECISION":
+        layers = dict(inner.get("quantized_layers") or {})
+        algorithm = next((layers[name]["quant_algo"] for name in names if name in layers), None)
+        if algorithm is None:
+            return 16
+    if str(algorithm).upper() not in _MODELOPT:
+        _refuse(f"modelopt's quant_algo={algorithm!r}", f"known are {', '.join(_MODELOPT)}")
+    return _MODELOPT[str(algorithm).upper()]
 
 
 def _fp8(block: Block, names: Sequence[str]) -> float:
