@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xshare_trtllm.trtllm.torch_backend import (
         Enabled,
-        XShareMoeRoutingMethod,
         enable,
         enable_when_loaded,
-        router_spec,
         run_console_script,
         write_options,
     )
+    from xshare_trtllm.trtllm.torch_routing import XShareMoeRoutingMethod
+    from xshare_trtllm.trtllm.torch_support import router_spec
 
+_HOME = {"XShareMoeRoutingMethod": "torch_routing", "router_spec": "torch_support"}
 __all__ = [
     "Enabled",
     "XShareMoeRoutingMethod",
@@ -32,6 +33,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from xshare_trtllm.trtllm import torch_backend
+    from importlib import import_module
 
-    return getattr(torch_backend, name)
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'torch_backend')}"), name)

@@ -5,11 +5,12 @@ every step, also before the replay of a CUDA graph, where no Python of the model
 device tensors per metadata object are filled. Their addresses stay, and a captured graph reads the values of
 the step that it is replayed for.
 
-What the metadata says (TensorRT-LLM, tensorrt_llm/_torch/attention_backend/interface.py and
-pyexecutor/model_engine.py): rows are packed, prefill first; `seq_lens` has the rows of each sequence,
-`request_ids` its request, and the first `num_contexts` are prefill. Verification of draft tokens may count as
-prefill and then comes last there (`num_chunked_ctx_requests`). A batch that is padded to the size of a CUDA
-graph ends in a dummy request, repeated (pyexecutor/cuda_graph_runner.py).
+What the metadata says (TensorRT-LLM, tensorrt_llm/_torch/attention_backend/interface.py, since August 2026
+_torch/attention/backends/interface.py, and pyexecutor/model_engine.py): rows are packed, prefill first;
+`seq_lens` has the rows of each sequence, `request_ids` its request, and the first `num_contexts` are prefill.
+Verification of draft tokens may count as prefill and then comes last there (`num_chunked_ctx_requests`). A
+batch that is padded to the size of a CUDA graph ends in a dummy request, repeated
+(pyexecutor/cuda_graph_runner.py).
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def rows_of_this_step() -> StepRows | None:
     rows = None if metadata is None else _attached_rows(metadata)
     if rows is None:
         raise RuntimeError(
-            "XShare: the attention metadata of this step was not prepared by AttentionMetadata.prepare(), "
-            "this version or mode of TensorRT-LLM is not supported"
+            "XShare: the attention metadata of this step was not prepared by AttentionMetadata.prepare() "
+            "with a KV cache, this version or mode of TensorRT-LLM is not supported"
         )
     return rows
 
@@ -107,13 +108,32 @@ def _attached_rows(metadata: Any) -> StepRows | None:
 
 
 def _note_rows(metadata: Any) -> None:
-    if metadata.seq_lens is None:
-        return
+    if metadata.seq_lens is None or metadata.kv_cache_manager is None:
+        return  # a vision tower prepares metadata of its own, without a KV cache and of another size
     rows = _attached_rows(metadata)
     if rows is None:
         rows = StepRows(metadata.max_num_tokens, metadata.seq_lens_cuda.device)
         vars(metadata)["xshare_rows"] = (rows, weakref.ref(metadata))
     rows.update(metadata)
+
+
+METADATA_MODULES = (
+    "tensorrt_llm._torch.attention.backends.interface",  # since August 2026
+    "tensorrt_llm._torch.attention_backend.interface",
+)
+
+
+def attention_metadata_class() -> Any:
+    """`AttentionMetadata`, from either of its homes. Raises RuntimeError where it is in neither."""
+    for name in METADATA_MODULES:
+        try:
+            return import_module(name).AttentionMetadata
+        except ModuleNotFoundError as error:
+            if not name.startswith(str(error.name)):  # it is there, and misses something
+                raise
+    raise RuntimeError(
+        f"XShare: this version of TensorRT-LLM has AttentionMetadata in none of {', '.join(METADATA_MODULES)}"
+    )
 
 
 class MetadataWatch:
@@ -124,10 +144,11 @@ class MetadataWatch:
         self._own: list[tuple[Any, Callable[..., Any]]] = []
 
     def start(self) -> None:
-        self._starts += 1
-        if self._starts > 1:
+        if self._starts:
+            self._starts += 1
             return
-        base = import_module("tensorrt_llm._torch.attention_backend.interface").AttentionMetadata
+        base = attention_metadata_class()
+        self._starts = 1
         for kind in _family(base):
             prepare = vars(kind).get("prepare")
             if prepare is not None:

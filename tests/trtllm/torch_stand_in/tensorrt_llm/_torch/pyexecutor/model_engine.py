@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tensorrt_llm._torch.attention_backend.interface import TrtllmAttentionMetadata
+try:  # since August 2026
+    from tensorrt_llm._torch.attention.backends.interface import TrtllmAttentionMetadata
+except ModuleNotFoundError:
+    from tensorrt_llm._torch.attention_backend.interface import TrtllmAttentionMetadata
 from tensorrt_llm._torch.utils import get_model_extra_attrs, model_extra_attrs
 
 CUDA_GRAPH_DUMMY_REQUEST_ID = (1 << 64) - 1
@@ -42,7 +45,9 @@ class PyTorchModelEngine:
         self, *, model_path: str = "", model: nn.Module, mapping: Any = None, is_draft_model: bool = False
     ) -> None:
         self.model, self.is_draft_model = model, is_draft_model
-        self.attn_metadata = TrtllmAttentionMetadata(max_num_requests=64, max_num_tokens=64, mapping=mapping)
+        self.attn_metadata = TrtllmAttentionMetadata(
+            max_num_requests=64, max_num_tokens=64, mapping=mapping, kv_cache_manager=object()
+        )
         self.graphs: dict[int, tuple[Any, Any, Tensor]] = {}
 
     def _release_cuda_graphs(self) -> None:
