@@ -8,26 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xshare_trtllm.trtllm.torch_backend import (
-        Enabled,
-        enable,
-        enable_when_loaded,
-        run_console_script,
-        write_options,
-    )
+    from xshare_trtllm.trtllm.torch_backend import Enabled, enable
     from xshare_trtllm.trtllm.torch_routing import XShareMoeRoutingMethod
     from xshare_trtllm.trtllm.torch_support import router_spec
+    from xshare_trtllm.trtllm.workers import use
 
-_HOME = {"XShareMoeRoutingMethod": "torch_routing", "router_spec": "torch_support"}
-__all__ = [
-    "Enabled",
-    "XShareMoeRoutingMethod",
-    "enable",
-    "enable_when_loaded",
-    "router_spec",
-    "run_console_script",
-    "write_options",
-]
+_HOME = {
+    "Enabled": "torch_backend",
+    "XShareMoeRoutingMethod": "torch_routing",
+    "enable": "torch_backend",
+    "router_spec": "torch_support",
+    "use": "workers",
+}
+__all__ = ["Enabled", "XShareMoeRoutingMethod", "enable", "router_spec", "use"]
 
 
 def __getattr__(name: str) -> object:
@@ -35,4 +28,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'torch_backend')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

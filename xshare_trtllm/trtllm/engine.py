@@ -243,7 +243,7 @@ def check_build(config: XShareConfig, build_config: Any) -> None:
 def _local_layers(config: XShareConfig, model_config: Any, rank: int) -> tuple[int, int | None]:
     """Of a budget per MoE layer: the first that this rank's pipeline stage has, and how many. Layers without
     experts come first in a model, as in DeepSeek's."""
-    if isinstance(config.budget, int):
+    if not isinstance(config.budget, tuple):
         return 0, None
     local = copy.deepcopy(model_config)
     local.set_rank(rank)
@@ -346,11 +346,10 @@ def plugin_fields(
     spec: RouterSpec, config: XShareConfig, inputs: GraphInputs
 ) -> dict[str, npt.NDArray[np.generic]]:
     """The fields of the plugin by name, as plugins/tensorrt/README.md lists them."""
-    assert isinstance(config.budget, int)
     whole = {
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
-        "budget": config.budget,
+        "budget": config.layer_budget,
         "num_groups": spec.num_groups,
         "top_k_groups": spec.top_k_groups,
         "warmup": config.warmup,

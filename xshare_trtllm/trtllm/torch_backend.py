@@ -14,11 +14,9 @@ Which versions and backends, and how each was verified: docs/pytorch_backend.md.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +25,6 @@ from torch import Tensor, nn
 
 from xshare_trtllm import ops
 from xshare_trtllm.config import XShareConfig
-from xshare_trtllm.report import write_aside
 from xshare_trtllm.trtllm.torch_routing import LayerRouting, XShareMoeRoutingMethod
 from xshare_trtllm.trtllm.torch_rows import MetadataWatch
 from xshare_trtllm.trtllm.torch_support import Plan, layer_plan
@@ -85,11 +82,12 @@ def _drafts(name: str, moe: nn.Module, num_hidden_layers: int | None) -> bool:
 
 
 def _expert_gpu(moe: Any, config: XShareConfig) -> Tensor | None:
-    """[E] int32: the expert-parallel rank of each expert, where a budget per GPU asks for it."""
-    if config.gpu_budget is None:
-        return None
+    """[E] int32: the expert-parallel rank of each expert, where a budget per GPU or a coverage asks for it."""
     experts, ranks = moe.num_experts, moe.ep_size
     moves = getattr(moe, "layer_load_balancer", None) is not None
+    is_known = not moves and getattr(moe, "num_slots", experts) == experts and experts % ranks == 0
+    if config.gpu_budget is None and (config.coverage is None or ranks == 1 or not is_known):
+        return None
     if moves or getattr(moe, "num_slots", experts) != experts:
         raise ValueError(
             f"XShareConfig(gpu_budget={config.gpu_budget}): the expert load balancer moves experts between "
@@ -119,6 +117,11 @@ class _EnabledLayer:
             moe.routing_method, moe.num_experts, config, expert_gpu=_expert_gpu(moe, config), group=group
         )
 
+    @property
+    def routing(self) -> LayerRouting:
+        made: LayerRouting = self._method.layer
+        return made
+
     def install(self) -> None:
         moe, name = self._modules[0], _forward_name(self._modules[0])
         self._own_forward = vars(moe).get(name)  # none but the class's, as a rule
@@ -132,8 +135,7 @@ class _EnabledLayer:
                     setattr(module, shortcut, lambda *_, **__: None)  # None = not taken
 
     def _forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        layer: LayerRouting = self._method.layer
-        masks = self._masks
+        layer, masks = self.routing, self._masks
 
         @wraps(own)
         def forward(x: Any, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +182,7 @@ def enable(llm_or_model: Any, config: XShareConfig) -> Enabled:
     """Puts XShare into every MoE layer of a loaded model, until `disable()` or the end of a `with`.
 
     llm_or_model  a model of the PyTorch backend (torch.nn.Module), or an idle LLM whose model is in this
-                  process. An LLM whose workers are other processes needs `write_options`, before it starts
+                  process. An LLM whose workers are other processes needs `use`, before it starts
     config        budgets per layer count the MoE layers of the model, without layers for draft tokens
 
     Prefill rows keep their own routing, rows that pad a CUDA graph's batch activate nothing. With attention
@@ -204,21 +206,37 @@ class Enabled:
         first: Any = found[0].modules[0]
         mapping = getattr(first, "mapping", None)
         _check_budgets(config, len(found), mapping)
-        if _device(first).type == "cuda" and not ops.cuda_available():
+        self._device = _device(first)
+        if self._device.type == "cuda" and not ops.cuda_available():
             raise RuntimeError(f"XShare: libxshare_cuda.so {ops.HOW_TO_BUILD_CUDA}")
-        plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
+        self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
         group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
         self._layers: list[_EnabledLayer] = [
             _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group)
-            for i, (layer, plan) in enumerate(zip(found, plans, strict=True))
+            for i, (layer, plan) in enumerate(zip(found, self._plans, strict=True))
         ]
         _watch.start()  # before anything is patched: this version may not have what it needs
         for enabled in self._layers:
             enabled.install()
+        self.counters = self._count()
         self._is_enabled = True
         release = getattr(engine, "_release_cuda_graphs", None)
         if release is not None:  # what was captured before knows nothing of XShare
             release()
+
+    def _count(self) -> Tensor:
+        """[layers that are not off, 8] int64 on the model's device: what the layers count in."""
+        counting = [layer.routing for layer in self._layers if not layer.routing.is_off]
+        with torch.inference_mode(False):  # or they could only be written to in inference mode
+            counters = torch.zeros(len(counting), ops.NUM_STATS, dtype=torch.int64, device=self._device)
+        for routing, row in zip(counting, counters, strict=True):
+            routing.counters = row
+        return counters
+
+    def backends(self) -> dict[str, int]:
+        """How many of the layers each back end computes, and those that are handed masked logits."""
+        names = [f"{p.backend}{' (masked logits)' if p.masks else ''}" for p in self._plans]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def disable(self) -> None:
         """Gives the model its own routing back; harmless when repeated. CUDA graphs captured in between keep
@@ -259,13 +277,13 @@ def _find_model(llm_or_model: Any) -> tuple[Any, nn.Module]:
     if isinstance(getattr(engine, "model", None), nn.Module):
         return engine, engine.model
     raise ValueError(
-        f"enable({type(llm_or_model).__name__}): its model is not in this process; use write_options(path, "
-        "config) and import that folder before the LLM starts"
+        f"enable({type(llm_or_model).__name__}): its model is not in this process; call use(config_path) "
+        "before the LLM is made"
     )
 
 
 def _check_budgets(config: XShareConfig, num_layers: int, mapping: Any) -> None:
-    if isinstance(config.budget, int):
+    if not isinstance(config.budget, tuple):
         return
     if getattr(mapping, "pp_size", 1) > 1:
         raise ValueError(
@@ -302,104 +320,3 @@ def _init_process_group(mapping: Any) -> None:
     address = import_module("tensorrt_llm._utils").mpi_comm().bcast(address, root=0)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=address, rank=mapping.rank, world_size=mapping.world_size)
-
-
-# ---- Worker processes --------------------------------------------------------------------------------------
-
-
-def enable_when_loaded(config: XShareConfig) -> None:
-    """From now on, puts XShare into every model that TensorRT-LLM loads in this process, before it is warmed
-    up and its CUDA graphs are captured. Draft models keep their own routing.
-
-    Raises ValueError where another configuration is waiting already.
-    """
-    engine = import_module("tensorrt_llm._torch.pyexecutor.model_engine").PyTorchModelEngine
-    logger = import_module("tensorrt_llm.logger").logger
-    own = engine.__init__
-    waiting = getattr(own, "xshare_config", None)
-    if waiting is not None:
-        if waiting != config:
-            raise ValueError(f"enable_when_loaded: {waiting} is waiting already, {config} cannot too")
-        return
-
-    @wraps(own)
-    def load_and_enable(self: Any, *args: Any, **kwargs: Any) -> None:
-        own(self, *args, **kwargs)
-        if not getattr(self, "is_draft_model", False):
-            self.xshare = enable(self.model, config)
-            logger.info(f"XShare: {len(self.xshare)} MoE layers, {config.to_dict()}")
-
-    load_and_enable.xshare_config = config  # type: ignore[attr-defined]
-    engine.__init__ = load_and_enable
-
-
-_INIT = '''"""XShare for TensorRT-LLM's PyTorch backend, as xshare.yaml beside this file says.
-
-    trtllm-serve MODEL --custom_module_dirs FOLDER/{name}
-    trtllm-bench --model MODEL throughput --custom_module_dirs FOLDER/{name}
-    PYTHONPATH=FOLDER python -m {name} trtllm-serve MODEL       where there is no --custom_module_dirs
-
-In Python: import this package before tensorrt_llm.LLM is made.
-"""
-
-from pathlib import Path
-
-from tensorrt_llm._torch.models.modeling_utils import register_auto_model
-
-from xshare_trtllm.config import XShareConfig
-from xshare_trtllm.trtllm import enable_when_loaded
-
-enable_when_loaded(XShareConfig.from_yaml(Path(__file__).with_name("xshare.yaml")))
-
-
-@register_auto_model("XShareHook")
-class XShareHook:
-    """No model: TensorRT-LLM imports the module of every registered class in all of its worker processes."""
-'''
-
-_MAIN = '''"""`python -m {name} COMMAND [ARGUMENT]...`: a command of TensorRT-LLM, with XShare."""
-
-from xshare_trtllm.trtllm import run_console_script
-
-if __name__ == "__main__":
-    run_console_script()
-'''
-
-
-def write_options(path: str | Path, config: XShareConfig) -> list[str]:
-    """Writes a folder that takes `config` into every process of trtllm-serve, trtllm-bench or LLM(...).
-
-    The folder is a Python package (`xshare.yaml` with the configuration, and a few lines that read it), for
-    TensorRT-LLM's own way of importing code: `--custom_module_dirs FOLDER`. It registers a class, and the
-    modules of registered classes are imported in every worker. Where the workers are started by mpirun or
-    trtllm-llmapi-launch, the folder's parent has to be on PYTHONPATH.
-
-    Returns the arguments for the command line: ["--custom_module_dirs", FOLDER].
-
-    Raises ValueError for a folder whose name cannot be imported.
-    """
-    folder = Path(path).resolve()
-    if not folder.name.isidentifier():
-        raise ValueError(f"write_options({str(path)!r}): the folder's name must be a Python identifier")
-    files = {
-        "xshare.yaml": config.to_yaml(),
-        "__main__.py": _MAIN.format(name=folder.name),
-        "__init__.py": _INIT.format(name=folder.name),
-    }
-    for file, text in files.items():
-        with write_aside(folder / file) as aside:
-            aside.write_text(text, encoding="utf-8")
-    return ["--custom_module_dirs", str(folder)]
-
-
-def run_console_script() -> None:
-    """Runs the console script that the first command-line argument names, with the rest of the arguments."""
-    from importlib.metadata import entry_points
-
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m FOLDER COMMAND [ARGUMENT]..., for example trtllm-serve MODEL")
-    sys.argv = sys.argv[1:]
-    found = list(entry_points(group="console_scripts", name=sys.argv[0]))
-    if not found:
-        raise SystemExit(f"{sys.argv[0]}: no such command in this Python environment")
-    sys.exit(found[0].load()())

@@ -15,6 +15,9 @@ from xshare_trtllm.trtllm.torch_rows import rows_of_this_step
 from xshare_trtllm.trtllm.torch_support import has_bias, router_spec
 
 
+_ROWS = 7  # XSHARE_STAT_ROWS in xshare.h
+
+
 class LayerRouting:
     """One MoE layer's routing under XShare."""
 
@@ -31,6 +34,7 @@ class LayerRouting:
         config.check(self.spec)
         self.config, self.expert_gpu, self.group = config, expert_gpu, group
         self.is_off = config.is_off(self.spec)
+        self.counters: Tensor | None = None  # int64 [8] on the model's device: the statistics of all calls, added up
         self._step_rows: int | None = None  # of the forward pass under way
         self._first_row = 0
 
@@ -54,12 +58,16 @@ class LayerRouting:
             routing = distributed.route(
                 router_logits, self.spec, self.config, group=self.group, whole_batch_stats=False, **arguments
             )
+        if self.counters is not None:
+            self.counters.add_(routing.raw_stats)
         return routing.expert_ids, routing.expert_weights
 
     def mask(self, router_logits: Tensor) -> Tensor:
         """The logits of the whole step, `-inf` where a row may not go."""
         if self.is_off:
             return router_logits
+        if self.counters is not None:
+            self.counters[_ROWS].add_(len(router_logits))  # the operator has no statistics, but it has run
         return mask_logits(router_logits, self.spec, self.config, **self._arguments(router_logits))
 
     def _arguments(self, router_logits: Tensor) -> dict[str, Any]:
