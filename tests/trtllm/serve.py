@@ -1,7 +1,7 @@
 """LAUNCHER WORLD_SIZE [PYTHON_OPTIONS_OF_RANK]...: a server, which prints what it has come to.
 
-Against the stand-in; the parent and every worker are real processes. With TEST_OPENAI it serves HTTP routes as
-the stand-in's OpenAIServer registers them, and prints what they answer.
+Against the stand-in; the parent and every worker are real processes. With TEST_OPENAI it registers routes as
+the stand-in's OpenAIServer does, and prints what they answer.
 """
 
 from __future__ import annotations

@@ -622,7 +622,7 @@ def test_contract_llm_in_this_process(trtllm: Any) -> None:
     with enable(llm, SMALL) as enabled:
         assert len(enabled) == 1 and not engine.graphs
     for elsewhere in (SimpleNamespace(_executor=object()), SimpleNamespace(), object()):
-        with pytest.raises(ValueError, match="its model is not in this process; use write_options"):
+        with pytest.raises(ValueError, match="its model is not in this process; call use"):
             enable(elsewhere, SMALL)
 
 

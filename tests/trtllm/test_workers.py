@@ -1,5 +1,5 @@
 """How XShare reaches the workers of a server, and that none serves without it: real interpreters in an
-environment made for the purpose, with TensorRT-LLM's stand-in in it (contract tests), real MPI where it is."""
+environment made for the purpose, with TensorRT-LLM's stand-in in it (contract tests); MPI where it is."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def test_contract_isolated_workers_with_all_variables(environment: Environment, 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun: apt-get install openmpi-bin")
 @pytest.mark.skipif(find_spec("mpi4py") is None, reason="needs mpi4py: pip install mpi4py")
 def test_contract_mpi_spawns_the_workers(environment: Environment, config: Path) -> None:
-    """Real MPI: mpirun starts the parent, mpi4py spawns the workers, which get sys.path and TRTLLM* alone. The
-    stand-in is main's of August 2026, where no worker imports the module of a class that nobody looks up."""
+    """Real MPI: mpirun starts the parent, mpi4py spawns the workers, which get sys.path and TRTLLM* alone.
+    The stand-in is main's of August 2026, where no worker imports the module of an unused class."""
     environment.use("torch_stand_in_2026")
     mpirun = ["mpirun", "--oversubscribe", "-n", "1", str(environment.python), SERVE, "mpi", "2"]
     variables = {
@@ -144,9 +144,11 @@ def test_contract_a_configuration_that_does_not_fit_the_model(environment: Envir
 # ---- Never silently off -----------------------------------------------------------------------------------
 
 
-def test_contract_workers_that_die_or_are_mute_stop_the_server(environment: Environment, config: Path) -> None:
-    """Rank 1 dies before its model is loaded; rank 2 is an interpreter without site-packages' hook, which loads
-    its model without XShare and never says a word."""
+def test_contract_workers_that_die_or_are_mute_stop_the_server(
+    environment: Environment, config: Path
+) -> None:
+    """Rank 1 dies before its model is loaded; rank 2 is an interpreter without site-packages' hook, which
+    loads its model without XShare and never says a word."""
     paths = [HERE / "torch_stand_in", ROOT, sysconfig.get_path("purelib")]
     done = environment.run(
         *(SERVE, "ray", "3", "", "", "-S"),
@@ -233,12 +235,14 @@ def test_acknowledgements_of_an_earlier_run_do_not_count(
 def test_the_likely_reason(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.begin(2, "abc")
     folder.report(**on(0))
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2 .*: no such process has come by here: .* python -S\)"):
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 of 2 .*: no such process has come by here: .* python -S\)"
+    ):
         folder.wait(0)
     with monkeypatch.context() as patch:
         as_process(patch, 7)
         folder.report(state="waiting")
-    with pytest.raises(RuntimeError, match="rank 1 of 2 .*: pid 7 on elsewhere has not loaded its model"):
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 .*: pid 7 on elsewhere has not loaded its model"):
         folder.wait(0)
 
 
@@ -247,7 +251,10 @@ def test_the_likely_reason(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -
     (
         (on(1, config_hash="xyz"), "rank 1 .pid 7 on elsewhere. has config_hash xyz, the server abc"),
         (on(1, version="0.0.9"), "rank 1 .pid 7 on elsewhere. has version 0.0.9, the server "),
-        ({"state": "failed", "error": "ValueError: MoE layer 3: no"}, "pid 7 on elsewhere .* MoE layer 3: no"),
+        (
+            {"state": "failed", "error": "ValueError: MoE layer 3: no"},
+            "pid 7 on elsewhere .* MoE layer 3: no",
+        ),
     ),
 )
 def test_a_rank_that_differs_or_fails_stops_at_once(
@@ -265,7 +272,7 @@ def test_a_rank_that_differs_or_fails_stops_at_once(
 def test_two_servers_with_one_file_are_refused(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.begin(1, "abc")
     monkeypatch.setattr(run_folder.os, "getpid", lambda: 1)
-    with pytest.raises(RuntimeError, match="the server with pid .* runs with this file"):
+    with pytest.raises(RuntimeError, match=r"the server with pid .* runs with this file"):
         folder.begin(1, "abc")
 
 

@@ -29,7 +29,7 @@ class _Part(BaseModel):
 class Setting(_Part):
     """One value of `XShareConfig` and where it comes from.
 
-    origin     `paper` (arXiv 2602.07265), `public report`, `own calibration` (benchmarks/results, this model),
+    origin     `paper` (arXiv 2602.07265), `public report`, `own calibration` (benchmarks/results),
                `shipped models`: measured on those, which says where to start with another; or
                `extrapolated`: one of these, carried over to a model that nobody measured
     reference  which table, address or file, or the arithmetic

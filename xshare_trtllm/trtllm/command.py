@@ -47,9 +47,14 @@ def trtllm(config_path: Path | None, install: bool, command: tuple[str, ...]) ->
 def main() -> None:
     """The rest of the command, in the process that serves."""
     from xshare_trtllm.trtllm import startup
+    from xshare_trtllm.trtllm.inspection import check_names
     from xshare_trtllm.trtllm.workers import run_console_script
 
     startup.install()
+    try:
+        check_names()
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
     run_console_script(sys.argv[1:])
 
 

@@ -34,7 +34,7 @@ from xshare_trtllm.graph.tensorrt_layers import TensorRTOps
 from xshare_trtllm.report import write_aside
 from xshare_trtllm.trtllm.engine_rows import Rows, packed_rows, padded_rows
 
-PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "XShareRouting", "1", "xshare"
+PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "XShareRouting", "2", "xshare"
 BUILD_MODULE = "tensorrt_llm.commands.build"
 INT32_MAX = 2**31 - 1
 
@@ -163,7 +163,7 @@ class EngineRouting:
         ops, is_packed = self._ops, network.plugin_config.remove_input_padding
         flat = logits.trt_tensor if is_packed else ops.reshape(logits.trt_tensor, (-1, spec.num_experts))
         tensors = {"request_ids": self._rows.request_ids, "exempt": self._rows.exempt}
-        if config.gpu_budget is not None:
+        if config.gpu_budget is not None or (config.coverage is not None and moe.mapping.moe_ep_size > 1):
             tensors["expert_gpu"] = ops.constant(expert_gpu(moe))
         layer = add_plugin_layer(trt, network.trt_network, self._creator, spec, config, flat, tensors)
         made = [functional._create_tensor(layer.get_output(i), layer) for i in range(2)]
@@ -349,12 +349,11 @@ def plugin_fields(
     whole = {
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
-        "budget": config.layer_budget,
         "num_groups": spec.num_groups,
         "top_k_groups": spec.top_k_groups,
         "warmup": config.warmup,
     }
-    for name in ("request_budget", "gpu_budget", "max_rows"):
+    for name in ("budget", "request_budget", "gpu_budget", "max_rows"):
         if (value := getattr(config, name)) is not None:
             whole[name] = value
     whole |= {f"has_{name}": 1 for name in inputs.names()}
@@ -362,9 +361,10 @@ def plugin_fields(
         name: np.array([min(value, INT32_MAX)], np.int32) for name, value in whole.items()
     }
     fields["scoring"] = np.frombuffer(spec.scoring.encode(), np.int8)
+    fields["utility"] = np.frombuffer(config.utility.encode(), np.int8)
     fields["routed_scaling_factor"] = np.array([spec.routed_scaling_factor], np.float32)
-    if config.min_coverage is not None:
-        fields["min_coverage"] = np.array([config.min_coverage], np.float64)
+    if config.coverage is not None:
+        fields["coverage"] = np.array([config.coverage], np.float64)
     return fields
 
 

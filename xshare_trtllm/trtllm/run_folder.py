@@ -56,8 +56,8 @@ class RunFolder:
         before = self.server()
         if before is not None and before["pid"] != os.getpid() and is_alive(before):
             raise RuntimeError(
-                f"{self.config_path}: the server with pid {before['pid']} runs with this file; give each server "
-                "a file of its own"
+                f"{self.config_path}: the server with pid {before['pid']} runs with this file; give each "
+                "server a file of its own"
             )
         for report in self.reports():
             if not is_alive(report):

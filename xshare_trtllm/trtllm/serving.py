@@ -77,8 +77,8 @@ def rank_problem(report: dict[str, Any]) -> str | None:
     silent = report["statistics"]["silent_layers"]
     if silent:
         return (
-            f"{report['statistics']['recent_steps']} steps without XShare in layers {silent}: a CUDA graph was "
-            "captured without it"
+            f"{report['statistics']['recent_steps']} steps without XShare in layers {silent}: a CUDA graph "
+            "was captured without it"
         )
     return None
 
@@ -90,5 +90,9 @@ def _in_words(report: dict[str, Any]) -> str:
         return f"{words}, no step yet"
     before, after = counts["experts_before"], counts["experts_after"]
     saved = f", experts {100 * (after - before) / before:+.1f} %" if before else ""
-    kept = f", utility kept {counts['kept_utility'] / counts['total_utility']:.4f}" if counts["total_utility"] else ""
+    kept = (
+        f", utility kept {counts['kept_utility'] / counts['total_utility']:.4f}"
+        if counts["total_utility"]
+        else ""
+    )
     return f"{words}, {counts['steps']} steps{saved}{kept}, {time.time() - report['time']:.0f} s ago"

@@ -1,5 +1,5 @@
-"""How XShare gets into every process of a TensorRT-LLM server: a line in site-packages that acts only where the
-environment variable TRTLLM_XSHARE names a configuration.
+"""How XShare gets into every process of a TensorRT-LLM server: a line in site-packages that acts only where
+the environment variable TRTLLM_XSHARE names a configuration.
 
 `xshare_startup.pth` is read by every interpreter that starts, whoever starts it: MPI, Ray, a shell, a spawned
 pool, `python -I`. TensorRT-LLM hands variables that begin with TRTLLM on to the workers that it spawns
@@ -117,6 +117,6 @@ def check_hook() -> None:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"no {HOOK_FILE} acts there"
         raise RuntimeError(
             f"XShare would not get into worker processes of {sys.executable} ({reason}): "
-            f"pip install xshare-trtllm into this environment, or run `xshare trtllm --install`, which writes "
-            f"{hook_path()}"
+            f"pip install xshare-trtllm into this environment, or run `xshare trtllm --install`, which "
+            f"writes {hook_path()}"
         )

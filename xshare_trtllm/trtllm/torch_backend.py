@@ -82,7 +82,7 @@ def _drafts(name: str, moe: nn.Module, num_hidden_layers: int | None) -> bool:
 
 
 def _expert_gpu(moe: Any, config: XShareConfig) -> Tensor | None:
-    """[E] int32: the expert-parallel rank of each expert, where a budget per GPU or a coverage asks for it."""
+    """[E] int32: the expert-parallel rank of each expert, where `gpu_budget` or a coverage asks for it."""
     experts, ranks = moe.num_experts, moe.ep_size
     moves = getattr(moe, "layer_load_balancer", None) is not None
     is_known = not moves and getattr(moe, "num_slots", experts) == experts and experts % ranks == 0

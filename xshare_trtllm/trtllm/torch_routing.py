@@ -14,7 +14,6 @@ from xshare_trtllm.routing import mask_logits, route
 from xshare_trtllm.trtllm.torch_rows import rows_of_this_step
 from xshare_trtllm.trtllm.torch_support import has_bias, router_spec
 
-
 _ROWS = 7  # XSHARE_STAT_ROWS in xshare.h
 
 
@@ -34,7 +33,9 @@ class LayerRouting:
         config.check(self.spec)
         self.config, self.expert_gpu, self.group = config, expert_gpu, group
         self.is_off = config.is_off(self.spec)
-        self.counters: Tensor | None = None  # int64 [8] on the model's device: the statistics of all calls, added up
+        self.counters: Tensor | None = (
+            None  # int64 [8] on the model's device: the statistics of all calls, added up
+        )
         self._step_rows: int | None = None  # of the forward pass under way
         self._first_row = 0
 

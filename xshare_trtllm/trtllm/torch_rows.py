@@ -144,8 +144,8 @@ _listeners: list[Callable[[], None]] = []
 
 
 def after_prepare(listener: Callable[[], None]) -> None:
-    """Calls `listener` before every step from now on that has rows other than padding, in the thread that makes
-    it, after its rows were noted."""
+    """Calls `listener` before every step from now on that has rows other than padding, in the thread that
+    makes it, after its rows were noted."""
     _listeners.append(listener)
 
 

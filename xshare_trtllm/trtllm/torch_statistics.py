@@ -1,8 +1,8 @@
 """What the kernels counted, read back between two steps without waiting for the device.
 
-Every layer adds its statistics to a tensor on its device inside `apply`, so a CUDA graph that was captured with
-XShare counts on every replay, and one that was captured without it does not: the host's count of steps against
-the device's count of rows tells the two apart.
+Every layer adds its statistics to a tensor on its device inside `apply`, so a CUDA graph that was captured
+with XShare counts on every replay, and one that was captured without it does not: the host's count of steps
+against the device's count of rows tells the two apart.
 """
 
 from __future__ import annotations

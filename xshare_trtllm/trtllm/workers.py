@@ -1,5 +1,5 @@
-"""XShare in the processes of a TensorRT-LLM server: in each that loads a model, and in the parent, which serves
-nothing before all of them have acknowledged.
+"""XShare in the processes of a TensorRT-LLM server: in each that loads a model, and in the parent, which
+serves nothing before all of them have acknowledged.
 
 startup.py calls the functions `patch_*` with TensorRT-LLM's own modules once they have been imported.
 """
@@ -24,11 +24,11 @@ _WAIT_VARIABLE = "TRTLLM_XSHARE_WAIT"
 
 
 def use(config_path: str | Path) -> None:
-    """Every LLM that this process makes from now on runs with XShare as the YAML file `config_path` says, in all
-    of its workers, or is refused.
+    """Every LLM that this process makes from now on runs with XShare as the YAML file `config_path` says, in
+    all of its workers, or is refused.
 
-    Raises ValueError for a file that is no configuration; RuntimeError where XShare would not reach the workers
-    or does not know this version of TensorRT-LLM.
+    Raises ValueError for a file that is no configuration; RuntimeError where XShare would not reach the
+    workers.
     """
     path = Path(config_path).resolve()
     XShareConfig.from_yaml(path)
@@ -140,7 +140,8 @@ def _refuse_deferred(llm_args: Any) -> None:
     placement = getattr(llm_args, "ray_placement_config", None)
     if getattr(placement, "defer_workers_init", False):
         raise RuntimeError(
-            "XShare: ray_placement_config.defer_workers_init is not supported, nobody would wait for the workers"
+            "XShare: ray_placement_config.defer_workers_init is not supported, nobody would wait for "
+            "the workers"
         )
 
 
@@ -173,6 +174,7 @@ def _need(owner: Any, name: str) -> Any:
     if found is None:
         where = getattr(owner, "__name__", owner)
         raise RuntimeError(
-            f"XShare: {where}.{name} is not there, this version of TensorRT-LLM is not known; see xshare doctor"
+            f"XShare: {where}.{name} is not there, this version of TensorRT-LLM is not known, see "
+            "xshare doctor"
         )
     return found

@@ -1,7 +1,7 @@
 """tensorrt_llm/executor/executor.py: `GenerationExecutor.create`, which returns when the workers are ready.
 
-Its parameters as in 1.0 (005bc84889) to 1.2 and after; `create` picks the launcher by what it is told, here by
-`llm_args.launcher`:
+Its parameters as in 1.0 (005bc84889) to 1.2 and after; `create` picks the launcher by what it is told, here
+by `llm_args.launcher`:
 
 - `single`: the model is loaded in this process (TLLM_WORKER_USE_SINGLE_PROCESS=1)
 - `mpi`: MpiPoolSession, llmapi/mpi_session.py at 00a1352a7d: mpi4py spawns the workers, with this process's

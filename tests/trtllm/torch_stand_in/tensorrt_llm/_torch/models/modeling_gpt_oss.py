@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tensorrt_llm._torch.models.modeling_utils import register_auto_model
+
 
 class MLPBlock(nn.Module):
     def __init__(self, experts: Any, layer_idx: int) -> None:
@@ -19,3 +21,14 @@ class MLPBlock(nn.Module):
     def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
         output: Tensor = self.experts(x=x, router_logits=router_logits)
         return output
+
+
+@register_auto_model("GptOssForCausalLM")
+class GptOssForCausalLM(nn.Module):
+    """Its block routes by a method that the file names (here only so that it is named)."""
+
+    @staticmethod
+    def routing_method(top_k: int) -> Any:
+        from tensorrt_llm._torch.modules.fused_moe.routing import RenormalizeMoeRoutingMethod
+
+        return RenormalizeMoeRoutingMethod(top_k)
