@@ -204,6 +204,12 @@ def test_the_hook_is_written_once(environment: Environment) -> None:
     assert path.read_text() == startup.HOOK_LINE
 
 
+def test_an_installation_brings_the_hook(tmp_path: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(build, check=True, timeout=120, cwd=ROOT, capture_output=True)
+    assert (tmp_path / startup.HOOK_FILE).read_text() == startup.HOOK_LINE
+
+
 # ---- The folder -------------------------------------------------------------------------------------------
 
 
