@@ -134,7 +134,8 @@ def report(folder: RunFolder, **statistics: Any) -> None:
         "layers": 36,
         "backends": {"CutlassFusedMoE": 36},
     }
-    folder.report(**about, statistics=counts(**statistics))
+    dial = {"setting": {"coverage": 0.9, "mode": "on"}, "generation": 0, "refused": None}
+    folder.report(**about, **dial, statistics=counts(**statistics))
 
 
 def doctor(*arguments: str) -> tuple[int, str]:

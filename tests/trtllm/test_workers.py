@@ -105,7 +105,11 @@ def test_contract_isolated_workers_with_all_variables(environment: Environment, 
     assert [rank["rank"] for rank in ranks] == [0, 1] and not shown["xshare"]["missing"]
     for rank in ranks:
         assert rank["state"] == "on" and rank["layers"] == 1 and rank["backends"] == {"CutlassFusedMoE": 1}
-        assert rank["config"]["coverage"] == 0.9 and rank["config_hash"] == ranks[0]["config_hash"]
+        assert (
+            rank["setting"]["coverage"] == 0.9
+            and rank["setting"]["mode"] == "on"
+            and rank["config_hash"] == ranks[0]["config_hash"]
+        )
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun: apt-get install openmpi-bin")

@@ -85,7 +85,10 @@ def rank_problem(report: dict[str, Any]) -> str | None:
 
 def _in_words(report: dict[str, Any]) -> str:
     counts = report["statistics"]
-    words = f"{report['layers']} MoE layers, {', '.join(report['backends'])}, pid {report['pid']}"
+    mode = report["setting"]["mode"]
+    words = f"{mode}, {report['layers']} MoE layers, {', '.join(report['backends'])}, pid {report['pid']}"
+    if report["refused"] is not None:
+        words += f", its file is refused: {report['refused']}"
     if not counts["rows"]:
         return f"{words}, no step yet"
     before, after = counts["experts_before"], counts["experts_after"]

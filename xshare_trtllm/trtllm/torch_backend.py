@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from xshare_trtllm import ops
 from xshare_trtllm.config import XShareConfig
+from xshare_trtllm.trtllm.dial import Dial
 from xshare_trtllm.trtllm.torch_routing import LayerRouting, XShareMoeRoutingMethod
 from xshare_trtllm.trtllm.torch_rows import MetadataWatch
 from xshare_trtllm.trtllm.torch_support import Plan, layer_plan
@@ -81,12 +82,13 @@ def _drafts(name: str, moe: nn.Module, num_hidden_layers: int | None) -> bool:
     return is_behind or "draft_model" in name.split(".")
 
 
-def _expert_gpu(moe: Any, config: XShareConfig) -> Tensor | None:
+def _expert_gpu(moe: Any, config: XShareConfig, has_dial: bool) -> Tensor | None:
     """[E] int32: the expert-parallel rank of each expert, where `gpu_budget` or a coverage asks for it."""
     experts, ranks = moe.num_experts, moe.ep_size
     moves = getattr(moe, "layer_load_balancer", None) is not None
     is_known = not moves and getattr(moe, "num_slots", experts) == experts and experts % ranks == 0
-    if config.gpu_budget is None and (config.coverage is None or ranks == 1 or not is_known):
+    may_cover = config.coverage is not None or has_dial
+    if config.gpu_budget is None and not (may_cover and ranks > 1 and is_known):
         return None
     if moves or getattr(moe, "num_slots", experts) != experts:
         raise ValueError(
@@ -109,12 +111,18 @@ def _device(module: nn.Module) -> torch.device:
 class _EnabledLayer:
     """One MoE layer with XShare in it."""
 
-    def __init__(self, modules: list[nn.Module], plan: Plan, config: XShareConfig, group: Any) -> None:
+    def __init__(
+        self, modules: list[nn.Module], plan: Plan, config: XShareConfig, group: Any, has_dial: bool
+    ) -> None:
         moe: Any = modules[0]
         self.plan = plan
         self._modules, self._masks = modules, plan.masks
         self._method: Any = XShareMoeRoutingMethod(
-            moe.routing_method, moe.num_experts, config, expert_gpu=_expert_gpu(moe, config), group=group
+            moe.routing_method,
+            moe.num_experts,
+            config,
+            expert_gpu=_expert_gpu(moe, config, has_dial),
+            group=group,
         )
 
     @property
@@ -196,9 +204,12 @@ def enable(llm_or_model: Any, config: XShareConfig) -> Enabled:
 
 
 class Enabled:
-    """XShare in one model."""
+    """XShare in one model.
 
-    def __init__(self, llm_or_model: Any, config: XShareConfig) -> None:
+    has_dial  its coverage and budgets can be turned while graphs that were captured with it are replayed
+    """
+
+    def __init__(self, llm_or_model: Any, config: XShareConfig, *, has_dial: bool = False) -> None:
         engine, model = _find_model(llm_or_model)
         found = _moe_layers(model)
         if any(_has_xshare(layer.modules[0]) for layer in found):
@@ -212,12 +223,17 @@ class Enabled:
         self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
         group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
         self._layers: list[_EnabledLayer] = [
-            _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group)
+            _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group, has_dial)
             for i, (layer, plan) in enumerate(zip(found, self._plans, strict=True))
         ]
         _watch.start()  # before anything is patched: this version may not have what it needs
         for enabled in self._layers:
             enabled.install()
+        self.dial = (
+            Dial([layer.routing for layer in self._layers], self._device)
+            if has_dial and group is None
+            else None
+        )
         self.counters = self._count()
         self._is_enabled = True
         release = getattr(engine, "_release_cuda_graphs", None)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xshare_trtllm import ops
 from xshare_trtllm.config import XShareConfig
 from xshare_trtllm.routing import mask_logits, route
 from xshare_trtllm.trtllm.torch_rows import rows_of_this_step
 from xshare_trtllm.trtllm.torch_support import has_bias, router_spec
-
-_ROWS = 7  # XSHARE_STAT_ROWS in xshare.h
 
 
 class LayerRouting:
@@ -33,9 +32,8 @@ class LayerRouting:
         config.check(self.spec)
         self.config, self.expert_gpu, self.group = config, expert_gpu, group
         self.is_off = config.is_off(self.spec)
-        self.counters: Tensor | None = (
-            None  # int64 [8] on the model's device: the statistics of all calls, added up
-        )
+        self.dial: Tensor | None = None  # uint8 [16] on the model's device, see `ops.pack_dial`
+        self.counters: Tensor | None = None  # int64 [8] on the model's device: all statistics, added up
         self._step_rows: int | None = None  # of the forward pass under way
         self._first_row = 0
 
@@ -51,6 +49,12 @@ class LayerRouting:
     def route(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids int32 [T, k] and weights fp32 [T, k] of the next T rows."""
         arguments = self._arguments(router_logits)
+        if self.dial is not None:
+            ids, weights, _, stats = ops.route(
+                router_logits, self.spec, self.config, **arguments, dial=self.dial
+            )
+            self._count(stats)
+            return ids, weights
         if self.group is None:
             routing = route(router_logits, self.spec, self.config, **arguments)
         else:
@@ -59,17 +63,22 @@ class LayerRouting:
             routing = distributed.route(
                 router_logits, self.spec, self.config, group=self.group, whole_batch_stats=False, **arguments
             )
-        if self.counters is not None:
-            self.counters.add_(routing.raw_stats)
+        self._count(routing.raw_stats)
         return routing.expert_ids, routing.expert_weights
 
     def mask(self, router_logits: Tensor) -> Tensor:
         """The logits of the whole step, `-inf` where a row may not go."""
         if self.is_off:
             return router_logits
+        arguments = self._arguments(router_logits)
+        if router_logits.is_cuda or ops.available():
+            outside = {"dial": self.dial, "counters": self.counters}
+            return ops.mask_logits(router_logits, self.spec, self.config, **arguments, **outside)
+        return mask_logits(router_logits, self.spec, self.config, **arguments)
+
+    def _count(self, stats: Tensor) -> None:
         if self.counters is not None:
-            self.counters[_ROWS].add_(len(router_logits))  # the operator has no statistics, but it has run
-        return mask_logits(router_logits, self.spec, self.config, **self._arguments(router_logits))
+            self.counters.add_(stats)
 
     def _arguments(self, router_logits: Tensor) -> dict[str, Any]:
         first, count = self._first_row, len(router_logits)

@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 from xshare_trtllm import __version__
-from xshare_trtllm.config import XShareConfig
 from xshare_trtllm.trtllm import startup
 from xshare_trtllm.trtllm.run_folder import WAIT_SECONDS, RunFolder, settings_hash
+from xshare_trtllm.trtllm.setting import Setting
 
 _WAIT_VARIABLE = "TRTLLM_XSHARE_WAIT"
 
@@ -31,7 +31,7 @@ def use(config_path: str | Path) -> None:
     workers.
     """
     path = Path(config_path).resolve()
-    XShareConfig.from_yaml(path)
+    _read_setting(path)
     startup.check_hook()
     os.environ[startup.VARIABLE] = str(path)
     startup.install()
@@ -46,6 +46,13 @@ def run_console_script(arguments: list[str]) -> None:
         raise SystemExit(f"{arguments[0]}: no such command in this Python environment")
     sys.argv = arguments
     sys.exit(found[0].load()())
+
+
+def _read_setting(path: Path) -> dict[str, Any]:
+    try:
+        return Setting.from_yaml(path).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _folder() -> RunFolder:
@@ -77,27 +84,41 @@ def patch_model_engine(module: ModuleType) -> None:
 
 
 def _enable(engine: Any, folder: RunFolder) -> None:
-    from xshare_trtllm.trtllm.torch_backend import enable
-    from xshare_trtllm.trtllm.torch_statistics import Reporter
+    from xshare_trtllm.trtllm.torch_backend import Enabled
 
     try:
-        config = XShareConfig.from_yaml(folder.config_path)
-        engine.xshare = enable(engine.model, config)
+        setting = Setting.from_yaml(folder.config_path)
+        engine.xshare = Enabled(engine.model, setting.config, has_dial=True)
     except Exception as error:
         folder.report(state="failed", error=f"{type(error).__name__}: {error}")
         raise
-    rank, world_size = _rank(engine)
+    _follow(engine, setting, folder)
+
+
+def _follow(engine: Any, setting: Setting, folder: RunFolder) -> None:
+    """Acknowledges, turns the dial as the operator's file says, and reports what the layers count."""
+    from xshare_trtllm.trtllm.dial import DialWatch
+    from xshare_trtllm.trtllm.torch_rows import after_prepare
+    from xshare_trtllm.trtllm.torch_statistics import Reporter
+
+    (rank, world_size), logger = _rank(engine), _logger()
+    watch = DialWatch(engine.xshare.dial, setting, folder, rank, logger.info)
     about = {
         "state": "on",
         "rank": rank,
         "world_size": world_size,
         "layers": len(engine.xshare),
         "backends": engine.xshare.backends(),
-        "config": config.to_dict(),
-        "config_hash": settings_hash(config.to_dict()),
+        "config_hash": settings_hash(setting.to_dict()),
     }
-    Reporter(engine.xshare, lambda statistics: folder.report(**about, statistics=statistics)).start()
-    _logger().info(f"XShare {__version__}: rank {rank}, {len(engine.xshare)} MoE layers, {config.to_dict()}")
+
+    def report(statistics: dict[str, Any]) -> None:
+        dial = {"setting": watch.setting.to_dict(), "generation": watch.generation, "refused": watch.refused}
+        folder.report(**about, **dial, statistics=statistics)
+
+    after_prepare(watch.step)
+    Reporter(engine.xshare, report).start()
+    logger.info(f"XShare {__version__}: rank {rank}, {len(engine.xshare)} MoE layers, {setting.to_dict()}")
 
 
 def _rank(engine: Any) -> tuple[int, int]:
@@ -118,9 +139,9 @@ def patch_executor(module: ModuleType) -> None:
         if startup.VARIABLE not in os.environ:
             return own(*args, **kwargs)
         folder = _folder()
-        config = XShareConfig.from_yaml(folder.config_path)
+        values = _read_setting(folder.config_path)
         _refuse_deferred(kwargs.get("llm_args"))
-        folder.begin(int(kwargs.get("model_world_size", 1)), settings_hash(config.to_dict()))
+        folder.begin(int(kwargs.get("model_world_size", 1)), settings_hash(values))
         made = own(*args, **kwargs)
         try:
             reports = folder.wait(float(os.environ.get(_WAIT_VARIABLE, WAIT_SECONDS)))
