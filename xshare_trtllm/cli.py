@@ -24,6 +24,7 @@ _ELSEWHERE: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "doctor"),
     "predict": ("planning.predict", "predict"),
     "triton": ("serving.command", "triton"),
+    "trtllm": ("trtllm.command", "trtllm"),
 }
 
 

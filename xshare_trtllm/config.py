@@ -19,6 +19,8 @@ SCORINGS: tuple[str, ...] = get_args(Scoring)
 
 Utility = Literal["squared_weight", "affinity"]
 UTILITIES: tuple[str, ...] = get_args(Utility)
+# Of a server that runs: XShare, the model's own routing with what XShare would count, or without.
+MODES = ("on", "shadow", "off")
 
 
 class RouterSpec(BaseModel):
