@@ -193,7 +193,7 @@ def test_contract_inflight_batcher_of_tensorrt_llms_examples(
         "len_penalty",
         "stop",
     ]
-    assert names | {"stop"} <= set(model)
+    assert {*names, "stop"} <= set(model)
     outputs = tensors(configs["tensorrt_llm"].output)
     int32, fp32, int64 = (kind(f"TYPE_{name}") for name in ("INT32", "FP32", "INT64"))
     assert outputs == {

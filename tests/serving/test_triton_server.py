@@ -379,6 +379,26 @@ def test_streams_end_before_a_server_that_is_told_to_stop(tmp_path: Path) -> Non
         assert server.process.wait(timeout=60) == 0
 
 
+def test_the_dial_is_turned_while_it_serves(tmp_path: Path, expected: str) -> None:
+    """Without `--control` these inputs are not there."""
+    with running_server(tmp_path, "--coverage", "0.97", "--control") as server:
+
+        def turn(**request: Any) -> tuple[int, str]:
+            body = json.dumps({"text_input": "", **request}).encode()
+            status, answer = server.call("POST", "/v2/models/tensorrt_llm/generate", body)
+            return status, json.loads(answer).get("text_output") or json.loads(answer)["error"]
+
+        wait_for(lambda: server.metrics().get("xshare_coverage") == pytest.approx(0.97))
+        assert server.metrics()["xshare_enabled"] == 1
+        assert turn(xshare="off") == (200, "off")
+        wait_for(lambda: server.metrics()["xshare_enabled"] == 0)
+        assert turn(xshare_coverage=0.5)[1].startswith("warmup: 1\ncoverage: 0.5")
+        wait_for(lambda: server.metrics()["xshare_coverage"] == 0.5 and server.metrics()["xshare_enabled"])
+        assert "coverage must be less than or equal to 1" in turn(xshare_coverage=2.0)[1]
+        assert "must be on or off" in turn(xshare="shadow")[1]
+        assert server.generate(PROMPT, 12) == expected  # a row alone keeps its own routing
+
+
 def test_what_does_not_end_in_time_is_cut_off(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="not all requests ended in time"):  # noqa: SIM117
         with running_server(tmp_path, DRAIN_SECONDS="0.2") as server:
