@@ -47,7 +47,7 @@ typedef enum xshare_scoring {
 typedef enum xshare_utility {
     XSHARE_SQUARED_WEIGHT = 0,  // the square of the weight, before scaling, that the model gives it in the
                                 // row's own top-k
-    XSHARE_AFFINITY = 1  // the router's score of every expert (the paper's)
+    XSHARE_AFFINITY = 1         // the router's score of every expert (the paper's)
 } xshare_utility;
 
 typedef enum xshare_mode {
