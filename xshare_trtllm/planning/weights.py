@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 Block = Mapping[str, Any]
 
@@ -180,5 +180,5 @@ def _number(block: Block, *fields: str) -> float:
     raise ValueError(f"config.json: the quantisation block lacks {' or '.join(fields)}; give --weight-bits")
 
 
-def _refuse(what: str, known: str) -> Any:
+def _refuse(what: str, known: str) -> NoReturn:
     raise ValueError(f"config.json: {what} is not known; {known}; give --weight-bits")
