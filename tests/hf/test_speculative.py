@@ -87,9 +87,11 @@ def test_stepwise_in_blocks_is_verification_of_right_drafts(shipped):
     with attach(decoder, config, prefill="stepwise", step_tokens=width) as attached:
         at_once = decoder(input_ids=tokens).logits
         blocks = [layer.experts_after for layer in attached.stats]
+    prompt, *drafts = tokens.split(width, dim=1)
+    output = decoder(input_ids=prompt)  # the first block keeps its own routing
+    cache, pieces = output.cache, [output.logits]
     with attach(decoder, config, prefill="shared") as attached:
-        cache, pieces = None, []
-        for piece in tokens.split(width, dim=1):
+        for piece in drafts:
             output = decoder(input_ids=piece, cache=cache)
             cache = output.cache
             pieces.append(output.logits)
