@@ -1,12 +1,17 @@
 """Every family that `attach` knows, as a tiny random model: exact when off, within its budget when on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import EXPERTS, TOP_K, VOCABULARY, WRAPPERS, tiny_model, tiny_wrapper
 
 from xshare_trtllm import RouterSpec, XShareConfig
+from xshare_trtllm.config import SCORINGS
+from xshare_trtllm.families import FAMILIES, REFUSED
 from xshare_trtllm.hf import attach
 from xshare_trtllm.hf.routers import KINDS
+from xshare_trtllm.planning.shapes import PREDICTED
 
 BATCH, LENGTH = 8, 4
 # Ours computes scores in fp32, some models in their own dtype, which rounds to 8 or 11 bits.
@@ -73,3 +78,28 @@ def test_a_multimodal_model_is_entered(model_type):
             prefill, step = decode(model)
         assert torch.equal(prefill, own[0]) and not torch.equal(step, own[1])
         assert all(layer.experts_after < layer.experts_before for layer in attached.stats)
+
+
+def cells():
+    """The rows of both tables of docs/families.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in lines if first not in ("model_type", "---")}
+
+
+def test_the_page_of_families_is_as_the_code():
+    table = cells()
+    assert set(table) == set(FAMILIES) | set(REFUSED)
+    for model_type, family in FAMILIES.items():
+        scoring, from_config, attached, predicted, *_ = table[model_type]
+        if family.scoring in SCORINGS:
+            assert scoring.split(",")[0] == f"`{family.scoring}`"
+        assert scoring.endswith(", groups") == (family.grouped == "by fields")
+        assert from_config == "yes"
+        assert attached == ("yes" if model_type in KINDS else "no")
+        assert predicted == ("yes" if model_type in PREDICTED else "no")
+    assert all(table[model_type] == [reason] for model_type, reason in REFUSED.items())
+
+
+def test_every_family_has_routers_or_is_not_in_transformers():
+    assert set(FAMILIES) - set(KINDS) == ELSEWHERE
