@@ -21,6 +21,7 @@ _CONFIG = "YAML file with the budget and its options, instead of those below."
 _ELSEWHERE: dict[str, tuple[str, str]] = {
     "build": ("engines.command", "build"),
     "doctor": ("doctor", "doctor"),
+    "edge": ("edgellm.command", "edge"),
     "predict": ("planning.predict", "predict"),
     "triton": ("serving.command", "triton"),
 }

@@ -1,0 +1,183 @@
+"""A graph of `tensorrt-edgellm-export` with one XShareRouting node before every MoE plugin.
+
+Only the input of each MoE plugin that says how to route changes, to an output of that node; all else stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from xshare_trtllm.config import NO_LIMIT, RouterSpec, XShareConfig
+from xshare_trtllm.edgellm.moe import BIAS_INPUT, Limit, MoeRouter, moe_router
+from xshare_trtllm.edgellm.rows import INPUTS, PREFIX, Rows, add_rows
+
+THEIRS, OURS, NODE = "trt_edgellm", "xshare", "XShareRouting"
+PLUGIN_VERSION = "2"
+
+
+def rewrite(model: onnx.ModelProto, config: XShareConfig, folder: Path) -> list[RouterSpec]:
+    """Puts XShare into the model, in place; returns the routers, by MoE layer.
+
+    folder  where the model's external data lies, of which only the biases of routers are read
+
+    Raises ValueError where that cannot be done exactly, with the node's name, and leaves the model as it is.
+    """
+    graph = model.graph
+    layers = _moe_nodes(model)
+    _check_graph(graph)
+    if isinstance(config.budget, tuple) and len(config.budget) != len(layers):
+        raise ValueError(
+            f"XShareConfig(budget=): names {len(config.budget)} layers, the graph has {len(layers)} MoE layers"
+        )
+    if config.gpu_budget is not None:
+        raise ValueError(f"XShareConfig(gpu_budget={config.gpu_budget}): a graph has one GPU; leave it off")
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    rows = add_rows(layers[0].input[0])
+    made: dict[str, onnx.NodeProto] = {}
+    specs = []
+    for number, node in enumerate(layers):
+        router = _router(node, constants, folder)
+        layer_config = config.for_layer(number)
+        _check_config(node, layer_config, router.spec)
+        made[node.name] = _routing_node(node, router, layer_config, rows)
+        specs.append(router.spec)
+    _insert(graph, layers, made, rows)
+    model.opset_import.append(helper.make_opsetid(OURS, 1))
+    return specs
+
+
+def _moe_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    layers = []
+    for node, is_inside in _all_nodes(model.graph):
+        if node.domain == OURS:
+            raise ValueError(f"{node.name}: the graph has XShare already; --undo gives the original back")
+        if node.domain != THEIRS or "moe" not in node.op_type.lower():
+            continue
+        if node.op_type not in BIAS_INPUT:
+            known = ", ".join(BIAS_INPUT)
+            raise ValueError(f"{node.name}: the MoE plugin {node.op_type} is not known; known are {known}")
+        if is_inside:
+            raise ValueError(f"{node.name}: a MoE plugin inside an If or a Loop is not supported")
+        layers.append(node)
+    if not layers:
+        raise ValueError(
+            f"the graph has no MoE plugin of {THEIRS}: no experts, or experts computed without a plugin"
+        )
+    if any(not node.name for node in layers) or len({node.name for node in layers}) < len(layers):
+        raise ValueError("the graph's MoE nodes have no names of their own")
+    return layers
+
+
+def _all_nodes(graph: onnx.GraphProto, is_inside: bool = False) -> Iterator[tuple[onnx.NodeProto, bool]]:
+    for node in graph.node:
+        yield node, is_inside
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g, True)
+
+
+def _check_graph(graph: onnx.GraphProto) -> None:
+    """Raises ValueError where the graph's inputs do not say what its rows are."""
+    inputs = {value.name for value in graph.input}
+    if "canvas_ids" in inputs:
+        raise ValueError("canvas_ids: a diffusion model denoises its rows again and again; not supported")
+    for name in INPUTS:
+        if name not in inputs:
+            raise ValueError(
+                f"the graph has no input {name}, which says what its rows are; tensorrt-edgellm 0.11 has it"
+            )
+
+
+def _router(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folder: Path
+) -> MoeRouter:
+    place = BIAS_INPUT[node.op_type]
+    has_bias = place is not None and place < len(node.input) and node.input[place] != ""
+    bias = constants.get(node.input[place]) if has_bias and place is not None else None
+    attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+    values = None if bias is None else _read(bias, folder)
+    return moe_router(node.name, attributes, has_bias=has_bias, bias=values)
+
+
+def _read(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    if uses_external_data(copy):
+        load_external_data_for_tensor(copy, str(folder))
+    return numpy_helper.to_array(copy)
+
+
+def _check_config(node: onnx.NodeProto, config: XShareConfig, spec: RouterSpec) -> None:
+    try:
+        config.check(spec)
+    except ValueError as error:
+        raise ValueError(f"{node.name}: {error}") from None
+
+
+def _routing_node(
+    node: onnx.NodeProto, router: MoeRouter, config: XShareConfig, rows: Rows
+) -> onnx.NodeProto:
+    """The node that goes before a MoE plugin; its last output limits the plugin's rows."""
+    inputs = [node.input[0], rows.request_ids, rows.exempt]
+    if router.limit is Limit.BIAS:
+        inputs.insert(1, node.input[_bias_place(node)])
+    name = f"{PREFIX}{node.name}"
+    outputs = [f"{name}/{output}" for output in ("expert_ids", "expert_weights", router.limit.value)]
+    return helper.make_node(
+        NODE, inputs, outputs, name=name, domain=OURS, **plugin_attributes(router, config)
+    )
+
+
+def plugin_attributes(router: MoeRouter, config: XShareConfig) -> dict[str, Any]:
+    """The fields of the plugin XShareRouting, version 2, as attributes; `coverage` becomes a float32."""
+    spec = router.spec
+    values: dict[str, Any] = {
+        "plugin_version": PLUGIN_VERSION,
+        "plugin_namespace": OURS,
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "scoring": spec.scoring,
+        "routed_scaling_factor": spec.routed_scaling_factor,
+        "warmup": config.warmup,
+        "utility": config.utility,
+        "has_request_ids": 1,
+        "has_exempt": 1,
+        f"has_{router.limit.value}": 1,
+    }
+    if router.limit is Limit.BIAS:
+        values["has_correction_bias"] = 1
+    for name in ("budget", "coverage", "request_budget", "max_rows"):
+        if (value := getattr(config, name)) is not None:
+            values[name] = min(value, NO_LIMIT)
+    return values
+
+
+def _bias_place(node: onnx.NodeProto) -> int:
+    place = BIAS_INPUT[node.op_type]
+    assert place is not None  # moe_router has refused a plugin without
+    return place
+
+
+def _insert(
+    graph: onnx.GraphProto, layers: list[onnx.NodeProto], made: dict[str, onnx.NodeProto], rows: Rows
+) -> None:
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        added = made.get(node.name) if node.domain == THEIRS else None
+        if added is not None:
+            nodes += [*rows.nodes, added] if node is layers[0] else [added]
+        nodes.append(node)
+    for node in layers:
+        limits_bias = f"has_{Limit.BIAS.value}" in {each.name for each in made[node.name].attribute}
+        node.input[_bias_place(node) if limits_bias else 0] = made[node.name].output[-1]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
