@@ -27,7 +27,7 @@ EXPORTER = "tensorrt-edgellm-export"
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A new folder for the result; weights are linked. Without it the graph is replaced.",
+    help="A new folder for the result, weights copied. Without it the graph is replaced.",
 )
 @click.option("--undo", is_flag=True, help="Give the original graph back.")
 @click.option(
@@ -89,7 +89,9 @@ def _config(config_path: Path | None, options: dict[str, Any]) -> XShareConfig:
     if config_path is None:
         return XShareConfig(**given)
     if given:
-        raise click.UsageError(f"--config holds everything: leave --{next(iter(given)).replace('_', '-')} out")
+        raise click.UsageError(
+            f"--config holds everything: leave --{next(iter(given)).replace('_', '-')} out"
+        )
     return XShareConfig.from_yaml(config_path)
 
 
@@ -98,7 +100,9 @@ def _export(arguments: tuple[str, ...]) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     program = shutil.which(EXPORTER, path=path)
     if program is None:
-        raise ValueError(f"{EXPORTER} is not there: pip install --no-deps tensorrt-edgellm onnxscript onnx-ir")
+        raise ValueError(
+            f"{EXPORTER} is not there: pip install --no-deps tensorrt-edgellm onnxscript onnx-ir"
+        )
     status = subprocess.run([program, *arguments], check=False).returncode
     if status != 0:
         raise ValueError(f"{EXPORTER} ended with status {status}; nothing was rewritten")

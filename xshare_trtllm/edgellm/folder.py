@@ -20,12 +20,14 @@ from xshare_trtllm.report import write_aside
 KEPT = ".xshare-original"  # behind the name of a graph that was rewritten
 
 
-def rewrite_folder(folder: Path, config: XShareConfig, out: Path | None = None) -> dict[Path, list[RouterSpec]]:
+def rewrite_folder(
+    folder: Path, config: XShareConfig, out: Path | None = None
+) -> dict[Path, list[RouterSpec]]:
     """Rewrites `model.onnx`, or with tensor parallelism each rank's, in `folder` or in its copy `out`.
 
-    Weights and other files are linked into `out`, or copied where links are not possible. The original graph
-    is kept beside the new one. All graphs are rewritten before the first is written, and each is written
-    aside and renamed.
+    Weights and other files are copied into `out`, since onnx refuses to read weights through links. The
+    original graph is kept beside the new one. All graphs are rewritten before the first is written, and each
+    is written aside and renamed.
 
     Returns the routers by MoE layer, by graph. Raises ValueError as `rewrite` does, for a folder without a
     graph and where `out` is there already; OSError where files cannot be written.
@@ -86,15 +88,8 @@ def _kept(path: Path) -> Path:
 
 
 def _keep(path: Path) -> None:
-    _kept(path).unlink(missing_ok=True)  # of an earlier export into the same folder
-    _link(path, _kept(path))
-
-
-def _link(source: Path | str, target: Path | str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+    with write_aside(_kept(path)) as aside:  # one may be there, of an earlier export into the same folder
+        shutil.copy2(path, aside)
 
 
 @contextmanager
@@ -106,7 +101,7 @@ def _place(folder: Path, out: Path | None) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        shutil.copytree(folder, aside, copy_function=_link)
+        shutil.copytree(folder, aside)
         yield aside
         os.rename(aside, out)
     finally:

@@ -9,8 +9,8 @@ mode 1  sigmoid of the logits; the best k of sigmoid plus bias, limited to the b
         sigmoids of those, divided by their sum where `norm_topk_prob`, times `routed_scaling_factor`
 mode 2  as mode 0 without a bias; the weights times the scale of each expert, which is in the bias' place
 
-A logit of -inf takes an expert out of modes 0 and 2: its probability is exactly 0, and the others' weights are
-divided by their own sum. In mode 1 sigmoid(-inf) + bias may still win, so the bias takes it out there.
+A logit of -inf takes an expert out of modes 0 and 2: its probability is exactly 0, and the others' weights
+are divided by their own sum. In mode 1 sigmoid(-inf) + bias may still win, so the bias takes it out there.
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ BIAS_INPUT: dict[str, int | None] = {
 }
 
 
+# In place of -inf, which not every kernel may take. No router of theirs reaches it, since logits come from
+# float16; exp(-1e30 - max) is 0 as exp(-inf) is; a sigmoid plus it is below every other sigmoid plus bias.
+MASK_VALUE = -1e30
+
+
 class Limit(Enum):
-    """What keeps a plugin's rows inside the active experts."""
+    """What keeps a plugin's rows inside the active experts: an output of XShareRouting, by its name."""
 
     LOGITS = "masked_logits"
-    BIAS = "masked_bias"
+    BIAS = "step_bias"
 
 
 class MoeRouter(NamedTuple):
@@ -70,8 +75,8 @@ def moe_router(
         return MoeRouter(_sigmoid_spec(name, attributes, experts, top_k, has_bias), Limit.BIAS)
     if not normalised:
         raise ValueError(
-            f"{name}: norm_topk_prob is 0: without the experts that are left out the softmax gives the others "
-            "more weight, so the routing cannot be limited from outside"
+            f"{name}: norm_topk_prob is 0: the softmax would give the experts that are left more weight, "
+            "so the routing cannot be limited from outside"
         )
     if mode == 0 and has_bias and (bias is None or np.any(bias)):
         raise ValueError(

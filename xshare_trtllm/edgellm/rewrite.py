@@ -9,18 +9,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from xshare_trtllm.config import NO_LIMIT, RouterSpec, XShareConfig
-from xshare_trtllm.edgellm.moe import BIAS_INPUT, Limit, MoeRouter, moe_router
+from xshare_trtllm.edgellm.moe import BIAS_INPUT, MASK_VALUE, Limit, MoeRouter, moe_router
 from xshare_trtllm.edgellm.rows import INPUTS, PREFIX, Rows, add_rows
 
 THEIRS, OURS, NODE = "trt_edgellm", "xshare", "XShareRouting"
 PLUGIN_VERSION = "2"
+_FIELDS = {
+    "plugin_version": str,
+    "plugin_namespace": str,
+    "num_experts": int,
+    "top_k": int,
+    "scoring": str,
+    "routed_scaling_factor": float,
+    "warmup": int,
+    "utility": str,
+    "output": str,
+    "mask_value": float,
+    "has_correction_bias": int,
+    "has_request_ids": int,
+    "has_exempt": int,
+    "budget": int,
+    "coverage": float,
+    "request_budget": int,
+    "max_rows": int,
+}
 
 
 def rewrite(model: onnx.ModelProto, config: XShareConfig, folder: Path) -> list[RouterSpec]:
@@ -35,7 +53,7 @@ def rewrite(model: onnx.ModelProto, config: XShareConfig, folder: Path) -> list[
     _check_graph(graph)
     if isinstance(config.budget, tuple) and len(config.budget) != len(layers):
         raise ValueError(
-            f"XShareConfig(budget=): names {len(config.budget)} layers, the graph has {len(layers)} MoE layers"
+            f"XShareConfig(budget=): names {len(config.budget)} MoE layers, the graph has {len(layers)}"
         )
     if config.gpu_budget is not None:
         raise ValueError(f"XShareConfig(gpu_budget={config.gpu_budget}): a graph has one GPU; leave it off")
@@ -46,7 +64,7 @@ def rewrite(model: onnx.ModelProto, config: XShareConfig, folder: Path) -> list[
     for number, node in enumerate(layers):
         router = _router(node, constants, folder)
         layer_config = config.for_layer(number)
-        _check_config(node, layer_config, router.spec)
+        _check_config(node, layer_config, router)
         made[node.name] = _routing_node(node, router, layer_config, rows)
         specs.append(router.spec)
     _insert(graph, layers, made, rows)
@@ -96,9 +114,7 @@ def _check_graph(graph: onnx.GraphProto) -> None:
             )
 
 
-def _router(
-    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folder: Path
-) -> MoeRouter:
+def _router(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folder: Path) -> MoeRouter:
     place = BIAS_INPUT[node.op_type]
     has_bias = place is not None and place < len(node.input) and node.input[place] != ""
     bias = constants.get(node.input[place]) if has_bias and place is not None else None
@@ -111,28 +127,35 @@ def _read(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
     if uses_external_data(copy):
-        load_external_data_for_tensor(copy, str(folder))
+        try:
+            load_external_data_for_tensor(copy, str(folder))
+        except onnx.checker.ValidationError as error:
+            raise OSError(str(error)) from None
     return numpy_helper.to_array(copy)
 
 
-def _check_config(node: onnx.NodeProto, config: XShareConfig, spec: RouterSpec) -> None:
+def _check_config(node: onnx.NodeProto, config: XShareConfig, router: MoeRouter) -> None:
     try:
-        config.check(spec)
+        config.check(router.spec)
     except ValueError as error:
         raise ValueError(f"{node.name}: {error}") from None
+    if router.limit is Limit.BIAS and config.warmup == 0:
+        raise ValueError(
+            f"{node.name}: XShareConfig(warmup=0): a sigmoid router needs a warm-up of at least 1"
+        )
 
 
 def _routing_node(
     node: onnx.NodeProto, router: MoeRouter, config: XShareConfig, rows: Rows
 ) -> onnx.NodeProto:
-    """The node that goes before a MoE plugin; its last output limits the plugin's rows."""
+    """The node that goes before a MoE plugin; its output limits the plugin's rows."""
     inputs = [node.input[0], rows.request_ids, rows.exempt]
     if router.limit is Limit.BIAS:
         inputs.insert(1, node.input[_bias_place(node)])
     name = f"{PREFIX}{node.name}"
-    outputs = [f"{name}/{output}" for output in ("expert_ids", "expert_weights", router.limit.value)]
+    output = f"{name}/{router.limit.value}"
     return helper.make_node(
-        NODE, inputs, outputs, name=name, domain=OURS, **plugin_attributes(router, config)
+        NODE, inputs, [output], name=name, domain=OURS, **plugin_attributes(router, config)
     )
 
 
@@ -150,7 +173,8 @@ def plugin_attributes(router: MoeRouter, config: XShareConfig) -> dict[str, Any]
         "utility": config.utility,
         "has_request_ids": 1,
         "has_exempt": 1,
-        f"has_{router.limit.value}": 1,
+        "output": router.limit.value,
+        "mask_value": MASK_VALUE,
     }
     if router.limit is Limit.BIAS:
         values["has_correction_bias"] = 1
@@ -176,8 +200,33 @@ def _insert(
             nodes += [*rows.nodes, added] if node is layers[0] else [added]
         nodes.append(node)
     for node in layers:
-        limits_bias = f"has_{Limit.BIAS.value}" in {each.name for each in made[node.name].attribute}
-        node.input[_bias_place(node) if limits_bias else 0] = made[node.name].output[-1]
+        added = made[node.name]
+        limits_bias = added.output[0].endswith(Limit.BIAS.value)
+        node.input[_bias_place(node) if limits_bias else 0] = added.output[0]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def register_schema() -> None:
+    """Makes `onnx.checker` know the node. More than once is fine."""
+    if onnx.defs.has(NODE, OURS):
+        return
+    schema = onnx.defs.OpSchema
+    any_type = ("T", [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "bool")], "")
+    more = schema.FormalParameterOption.Variadic
+    kinds = {str: schema.AttrType.STRING, int: schema.AttrType.INT, float: schema.AttrType.FLOAT}
+    onnx.defs.register_schema(
+        schema(
+            NODE,
+            OURS,
+            1,
+            doc="One shared set of experts for the rows of a step: plugins/tensorrt/README.md.",
+            inputs=[schema.FormalParameter("inputs", "T", param_option=more, is_homogeneous=False)],
+            outputs=[schema.FormalParameter("output", "tensor(float)")],
+            type_constraints=[any_type],
+            attributes=[
+                schema.Attribute(name, kinds[kind], required=False) for name, kind in _FIELDS.items()
+            ],
+        )
+    )

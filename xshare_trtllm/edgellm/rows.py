@@ -1,6 +1,6 @@
 """What each row of a step is, worked out in the graph from its own inputs.
 
-A step of TensorRT Edge-LLM 0.11 has T rows of N sequences, either packed or padded to one length per sequence:
+A step of TensorRT Edge-LLM 0.11 has T rows of N sequences, packed or padded to one length per sequence:
 
 query_start_offsets             [N + 1] int32, the first row of each sequence
 query_lengths                   [N] int32, its rows; what lies between one sequence and the next is padding
