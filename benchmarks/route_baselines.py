@@ -167,7 +167,7 @@ class FlashinferTopK:
 
 
 def route_torch(logits: Tensor, bias: Tensor | None, s: Settings) -> tuple[Tensor, Tensor]:
-    """Warm-up, budget and refinement in PyTorch operations; nothing waits for the host."""
+    """Warm-up, coverage by squared weights and refinement in PyTorch operations; nothing waits for the host."""
     z = logits.float()
     affinity = torch.sigmoid(z) if s.scoring == "sigmoid_bias" else torch.softmax(z, -1)
     ranking = affinity if bias is None else affinity + bias
@@ -176,11 +176,17 @@ def route_torch(logits: Tensor, bias: Tensor | None, s: Settings) -> tuple[Tenso
         best = groups.topk(2, -1).values.sum(-1).topk(s.top_k_groups, -1).indices
         kept = torch.zeros(len(z), s.num_groups, dtype=torch.bool, device=z.device).scatter_(1, best, True)
         ranking = ranking.masked_fill(~kept.repeat_interleave(groups.shape[-1], 1), -torch.inf)
-    sums = (affinity * 2**20).round().long().sum(0)
+    own = ranking.topk(s.top_k, -1).indices
+    weights = affinity.gather(1, own)
+    shares = weights / weights.sum(-1, keepdim=True)
+    utility = torch.zeros_like(affinity).scatter_(1, own, shares * shares)
+    sums = (utility * 2**20).round().long().sum(0)
     warm = torch.zeros_like(sums, dtype=torch.bool)
-    warm = warm.index_fill(0, ranking.topk(s.warmup, -1).indices.flatten(), True)
-    places = torch.where(warm, torch.iinfo(torch.int64).max, sums).argsort(descending=True).argsort()
-    active = warm | ((places < s.budget) & (sums > 0))
+    warm = warm.index_fill(0, own[:, : s.warmup].flatten(), True)
+    order = torch.where(warm, torch.iinfo(torch.int64).max, sums).argsort(descending=True)
+    before = sums[order].cumsum(0) - sums[order]  # what is kept when each expert's turn comes
+    goes_on = (before < s.coverage * sums.sum()) | (torch.arange(len(sums), device=z.device) < s.top_k)
+    active = warm | (torch.zeros_like(warm).scatter_(0, order, goes_on) & (sums > 0))
     chosen = ranking.masked_fill(~active, -torch.inf).topk(s.top_k, -1)
     weights = affinity.gather(1, chosen.indices).masked_fill(chosen.values == -torch.inf, 0.0)
     if s.scoring != "softmax":

@@ -34,8 +34,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
 _CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
 
-_PARAMS = struct.Struct("@I6if7id")  # xshare_route_params
-_TENSORS = struct.Struct("@I10P")  # xshare_route_tensors
+_PARAMS = struct.Struct("@I6if7ifd")  # xshare_route_params
+_TENSORS = struct.Struct("@I11P")  # xshare_route_tensors
 _EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
 _EXPERTS_TENSORS = struct.Struct("@I6P")  # xshare_experts_tensors
 
@@ -334,7 +334,7 @@ def pack_params(num_tokens: int, num_experts: int, dtype: torch.dtype, values: S
     if dtype_code is None:
         raise ValueError(f"router_logits: dtype must be float32, bfloat16 or float16, got {dtype}")
     shape = (num_tokens, num_experts, top_k, code, num_groups, top_k_groups)
-    return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype_code, *budgets, utility_code, coverage)
+    return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype_code, *budgets, utility_code, 0.0, coverage)
 
 
 _packed_params = lru_cache(maxsize=1024)(pack_params)
@@ -374,6 +374,7 @@ def _call(
         _address(free),
         _address(gpus),
         *outputs,
+        0,  # step_bias
     )
     if device is None:
         _raise_unless_ok(_library().xshare_route_cpu(params, tensors, None, 0))

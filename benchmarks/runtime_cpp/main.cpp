@@ -23,7 +23,7 @@ std::unique_ptr<Layers> make_layers(const Options& options, const Model& model) 
 
 ModelResult run_model(const Options& options, const Model& model, const Logits& logits) {
     const std::unique_ptr<Layers> layers = make_layers(options, model);
-    ModelResult result = {&model, options.sharing.budget_of(model), logits.source(), layers->gpu(), {}};
+    ModelResult result = {&model, logits.source(), layers->gpu(), {}};
     print_head(options, result);
     for (const int rows : options.concurrency) {
         result.by_rows.push_back(measure(*layers, logits, rows, options.warmup, options.iterations));

@@ -38,7 +38,8 @@ xshare_route_params route_params(const Model& model, const Sharing& sharing, Set
     params.top_k_groups = model.top_k_groups;
     params.routed_scaling_factor = model.routed_scaling_factor;
     params.logits_dtype = XSHARE_FLOAT32;
-    params.budget = setting == kOwn ? model.num_experts : sharing.budget_of(model);
+    params.budget = setting == kOwn || sharing.budget == 0 ? model.num_experts : sharing.budget;
+    params.coverage = setting == kOwn ? 0.0 : sharing.coverage;
     params.warmup = sharing.warmup_experts;
     params.max_rows = -1;
     size_t workspace_size = 0;

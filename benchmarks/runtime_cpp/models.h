@@ -31,10 +31,9 @@ enum Setting { kOwn = 0, kXShare = 1 };
 constexpr Setting kSettings[] = {kOwn, kXShare};
 
 struct Sharing {
-    int budget;  // 0 = three eighths of the model's experts
+    double coverage;  // 0 = off
+    int budget;       // 0 = no limit
     int warmup_experts;
-
-    int budget_of(const Model& model) const { return budget > 0 ? budget : model.num_experts * 3 / 8; }
 };
 
 // What the library's route takes for `num_tokens` rows of fp32 logits. kOwn is a budget of all experts.

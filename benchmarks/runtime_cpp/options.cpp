@@ -2,6 +2,7 @@
 #include "options.h"
 
 #include <charconv>
+#include <cstdlib>
 #include <functional>
 #include <map>
 
@@ -15,7 +16,8 @@ const char kUsage[] =
   --concurrency N[,N...]      rows of a decode step, 1 to 1024 [1,2,4,8,16,32,64]
   --iterations N              measurements of each setting, in turns [41]
   --warmup N                  unmeasured iterations before [2]
-  --budget N                  XShare: experts that may be active [3/8 of the model's]
+  --coverage SHARE            XShare: the share of the rows' utility that is enough; 0 = off [0.97]
+  --budget N                  XShare: experts that may be active [no limit]
   --warmup_experts N          XShare: best experts that each row keeps [1]
   --dataset PATH.npy          router logits from write_trace.py [synthetic, correlated]
   --dynamicPlugins PATH       libnvinfer_plugin_xshare.so [the package's]
@@ -42,6 +44,14 @@ int number(const std::string& name, const std::string& text, int low, int high) 
     if (error != std::errc() || stopped != end || value < low || value > high)
         throw UsageError(name + " must be a whole number from " + std::to_string(low) + " to " +
                          std::to_string(high) + ", not '" + text + "'");
+    return value;
+}
+
+double share(const std::string& name, const std::string& text) {
+    char* stopped = nullptr;
+    const double value = std::strtod(text.c_str(), &stopped);
+    if (*stopped != '\0' || !(value >= 0.0 && value <= 1.0))
+        throw UsageError(name + " must be a number from 0 to 1, not '" + text + "'");
     return value;
 }
 
@@ -74,6 +84,7 @@ Options parse_options(const std::vector<std::string>& arguments) {
         {"--concurrency", [&](auto& v) { o.concurrency = numbers("--concurrency", v, 1, 1024); }},
         {"--iterations", [&](auto& v) { o.iterations = number("--iterations", v, 1, 1000000); }},
         {"--warmup", [&](auto& v) { o.warmup = number("--warmup", v, 0, 1000000); }},
+        {"--coverage", [&](auto& v) { o.sharing.coverage = share("--coverage", v); }},
         {"--budget", [&](auto& v) { o.sharing.budget = number("--budget", v, 1, 1000000); }},
         {"--warmup_experts",
          [&](auto& v) { o.sharing.warmup_experts = number("--warmup_experts", v, 0, 1000000); }},
@@ -99,6 +110,8 @@ Options parse_options(const std::vector<std::string>& arguments) {
         option->second(value);
     }
     if (o.models.empty()) o.models = {&find_model("xshare-moe-14m")};
+    if (o.sharing.coverage == 0.0 && o.sharing.budget == 0)
+        throw UsageError("--coverage 0 needs a --budget, or XShare has nothing to do");
     for (const Model* model : o.models)
         for (const int rows : o.concurrency) route_params(*model, o.sharing, kXShare, rows);
     return o;

@@ -15,7 +15,7 @@ struct Options {
     std::vector<int> concurrency = {1, 2, 4, 8, 16, 32, 64};  // rows of a decode step
     int iterations = 41;
     int warmup = 2;
-    Sharing sharing = {0, 1};
+    Sharing sharing = {0.97, 0, 1};
     std::string dataset;  // a .npy of router logits; empty = synthetic
     std::string plugin = XSHARE_ROOT "/xshare_trtllm/lib/libnvinfer_plugin_xshare.so";
     std::string json;    // empty = no report

@@ -46,6 +46,7 @@ IPluginV3* create(const std::string& library, const xshare_route_params& params)
         integer("num_groups", params.num_groups),
         integer("top_k_groups", params.top_k_groups),
         integer("budget", params.budget),
+        PluginField("coverage", &params.coverage, PluginFieldType::kFLOAT64, 1),
         integer("warmup", params.warmup),
         PluginField("scoring", scoring, PluginFieldType::kCHAR, static_cast<int32_t>(std::strlen(scoring))),
         PluginField("routed_scaling_factor", &params.routed_scaling_factor, PluginFieldType::kFLOAT32, 1),

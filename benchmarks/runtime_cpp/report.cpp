@@ -13,6 +13,15 @@ std::string layer_means(const Options& options) {
                              : "route + experts, one thread";
 }
 
+std::string sharing_text(const Sharing& sharing) {
+    char coverage[32] = "off", budget[32] = "none", text[96];
+    if (sharing.coverage > 0.0) snprintf(coverage, sizeof coverage, "%g", sharing.coverage);
+    if (sharing.budget > 0) snprintf(budget, sizeof budget, "%d", sharing.budget);
+    snprintf(text, sizeof text, "coverage %s, budget %s, warm-up %d", coverage, budget,
+             sharing.warmup_experts);
+    return text;
+}
+
 std::string ratio_text(const Comparison& c) {
     char text[48];
     snprintf(text, sizeof text, "%.2f (%.2f-%.2f)", c.ratio, c.ratio_low, c.ratio_high);
@@ -48,7 +57,6 @@ Json result_json(const ModelResult& result) {
                          {"hidden_size", model.hidden_size},
                          {"intermediate_size", model.intermediate_size},
                          {"num_layers", model.num_layers},
-                         {"budget", result.budget},
                          {"logits", result.logits},
                          {"by_rows", Json::array(rows)}});
 }
@@ -57,9 +65,9 @@ Json result_json(const ModelResult& result) {
 
 void print_head(const Options& options, const ModelResult& result) {
     const Model& m = *result.model;
-    printf("\n%s: %d experts, top %d, hidden %d, intermediate %d, %d layer%s; budget %d, warm-up %d\n",
-           m.name, m.num_experts, m.top_k, m.hidden_size, m.intermediate_size, m.num_layers,
-           m.num_layers == 1 ? "" : "s", result.budget, options.sharing.warmup_experts);
+    printf("\n%s: %d experts, top %d, hidden %d, intermediate %d, %d layer%s; %s\n", m.name, m.num_experts,
+           m.top_k, m.hidden_size, m.intermediate_size, m.num_layers, m.num_layers == 1 ? "" : "s",
+           sharing_text(options.sharing).c_str());
     printf("logits: %s; layer: %s\n", result.logits.c_str(), layer_means(options).c_str());
     printf("%5s | %13s | %33s | %37s | %15s | %13s\n", "", "experts", "route, us", "layer, us",
            "weights, MiB", "GB/s");
@@ -91,13 +99,16 @@ std::string json_report(const Options& options, const std::string& command,
                                        {"xshare", xshare_version()},
                                        {"commit", commit.empty() ? Json::null() : Json(commit)},
                                        {"time", utc_time()}});
-    const Json report = Json::object({{"command", command},
-                                      {"machine", machine},
-                                      {"backend", options.on_device ? "tensorrt" : "cpu"},
-                                      {"layer", layer_means(options)},
-                                      {"iterations", options.iterations},
-                                      {"warmup", options.warmup},
-                                      {"warmup_experts", options.sharing.warmup_experts},
-                                      {"results", Json::array(models)}});
+    const Json report =
+        Json::object({{"command", command},
+                      {"machine", machine},
+                      {"backend", options.on_device ? "tensorrt" : "cpu"},
+                      {"layer", layer_means(options)},
+                      {"iterations", options.iterations},
+                      {"warmup", options.warmup},
+                      {"coverage", options.sharing.coverage},
+                      {"budget", options.sharing.budget > 0 ? Json(options.sharing.budget) : Json::null()},
+                      {"warmup_experts", options.sharing.warmup_experts},
+                      {"results", Json::array(models)}});
     return report.text() + "\n";
 }

@@ -10,7 +10,6 @@
 
 struct ModelResult {
     const Model* model;
-    int budget;
     std::string logits;  // where they came from
     std::string gpu;     // its name; empty on the host
     std::vector<Measured> by_rows;

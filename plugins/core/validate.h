@@ -8,7 +8,9 @@
 #include <stdio.h>
 
 #include "core/limits.h"
+#include "core/masking.h"
 #include "core/platform.h"
+#include "core/scoring.h"
 #include "xshare/xshare.h"
 
 namespace xshare {
@@ -119,10 +121,23 @@ inline xshare_status check_budgets(const xshare_route_params& p, Message& messag
     return XSHARE_OK;
 }
 
+inline xshare_status check_mask_value(const xshare_route_params& p, Message& message) {
+    const uint32_t bits = mask_bits(p);
+    const uint16_t half = static_cast<uint16_t>(bits);
+    const float held = p.logits_dtype == XSHARE_FLOAT32    ? bits_float(static_cast<int32_t>(bits))
+                       : p.logits_dtype == XSHARE_BFLOAT16 ? widen_bf16(half)
+                                                           : widen_fp16(half);
+    if (p.mask_value <= 0.0f && held == mask_value(p)) return XSHARE_OK;
+    return refuse(message, XSHARE_INVALID_PARAMETER,
+                  "mask_value must be negative and exact in logits_dtype (0 = -inf), not %g",
+                  static_cast<double>(p.mask_value));
+}
+
 inline xshare_status check_params(const xshare_route_params& p, Message& message) {
     xshare_status status = check_shape(p, message);
     if (status == XSHARE_OK) status = check_groups(p, message);
     if (status == XSHARE_OK) status = check_budgets(p, message);
+    if (status == XSHARE_OK) status = check_mask_value(p, message);
     return status;
 }
 
@@ -145,6 +160,13 @@ inline xshare_status check_pointers(const xshare_route_params& p, const xshare_r
         return refuse(message, bad, "request_budget=%d needs request_ids", p.request_budget);
     if (t.expert_gpu == nullptr && p.gpu_budget > 0)
         return refuse(message, bad, "gpu_budget=%d needs expert_gpu", p.gpu_budget);
+    if (t.step_bias != nullptr && p.scoring != XSHARE_SIGMOID_BIAS)
+        return refuse(message, bad, "step_bias belongs to sigmoid_bias scoring alone");
+    if (t.step_bias != nullptr && p.num_groups > 1)
+        return refuse(message, bad, "step_bias cannot express num_groups=%d: a group's score would change",
+                      p.num_groups);
+    if (t.step_bias != nullptr && p.warmup == 0)
+        return refuse(message, bad, "step_bias needs a warmup of at least 1: a row could find no expert");
     const size_t logit_size = p.logits_dtype == XSHARE_FLOAT32 ? 4 : 2;
     const struct {
         const void* pointer;
@@ -157,6 +179,7 @@ inline xshare_status check_pointers(const xshare_route_params& p, const xshare_r
                     {t.expert_gpu, 4, "expert_gpu"},
                     {t.expert_ids, 4, "expert_ids"},
                     {t.expert_weights, 4, "expert_weights"},
+                    {t.step_bias, 4, "step_bias"},
                     {t.stats, 8, "stats"}};
     for (const auto& each : pointers) {
         const xshare_status status = check_pointer(each.pointer, each.alignment, each.name, message);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "core/masking.h"
 #include "core/ordering.h"
 #include "core/scoring.h"
 #include "cpu/expert_set.h"
@@ -70,6 +71,7 @@ class Router {
         if (!stand_aside_) refine_rows();
         write_padding_rows();
         write_active_experts();
+        write_step_bias();
         write_stats();
     }
 
@@ -99,6 +101,7 @@ class Router {
             const bool exempt = t_.exempt != nullptr && t_.exempt[row] != 0;
             kinds_[row] = padding ? RowKind::kPadding : exempt ? RowKind::kExempt : RowKind::kShared;
             num_real_rows_ += !padding;
+            num_exempt_rows_ += kinds_[row] == RowKind::kExempt;
         }
     }
 
@@ -116,7 +119,8 @@ class Router {
     bool stands_aside() const {
         const bool unlimited =
             p_.budget >= p_.num_experts && p_.gpu_budget == 0 && p_.request_budget == 0 && p_.coverage == 0.0;
-        return unlimited || (p_.max_rows >= 0 && num_real_rows_ > p_.max_rows);
+        const bool bias_for_all = t_.step_bias != nullptr && num_exempt_rows_ > 0;
+        return unlimited || bias_for_all || (p_.max_rows >= 0 && num_real_rows_ > p_.max_rows);
     }
 
     int32_t* keys_of(int row) {
@@ -202,7 +206,7 @@ class Router {
                 write_row(row, picks);
             }
             if (t_.masked_logits != nullptr)
-                kernels_.mask(logits_of(row), p_.logits_dtype, allowed_, keys, p_.num_experts,
+                kernels_.mask(logits_of(row), p_.logits_dtype, mask_bits(p_), allowed_, keys, p_.num_experts,
                               masked_of(row));
         }
     }
@@ -279,12 +283,19 @@ class Router {
         std::fill_n(masked, static_cast<size_t>(p_.num_experts) * logit_size_, static_cast<unsigned char>(0));
         if (num_active_ == 0) return;
         std::fill_n(spare_keys_, p_.num_experts, 0);
-        kernels_.mask(masked, p_.logits_dtype, allowed_, spare_keys_, p_.num_experts, masked);
+        kernels_.mask(masked, p_.logits_dtype, mask_bits(p_), allowed_, spare_keys_, p_.num_experts, masked);
     }
 
     void write_active_experts() const {
         for (int e = 0; t_.active_experts != nullptr && e < p_.num_experts; ++e)
             t_.active_experts[e] = static_cast<uint8_t>(allowed_[e]);
+    }
+
+    void write_step_bias() const {
+        for (int e = 0; t_.step_bias != nullptr && e < p_.num_experts; ++e) {
+            const float bias = t_.correction_bias == nullptr ? 0.0f : t_.correction_bias[e];
+            t_.step_bias[e] = allowed_[e] != 0 || stand_aside_ ? bias : mask_value(p_);
+        }
     }
 
     void write_stats() const {
@@ -314,7 +325,7 @@ class Router {
     RowKind* const kinds_;
     uint64_t* const order_;  // request id << 32 | row
 
-    int num_real_rows_ = 0;
+    int num_real_rows_ = 0, num_exempt_rows_ = 0;
     bool stand_aside_ = false;
     ExpertSet before_, after_, exempt_experts_, warmup_experts_;
     Selection selection_;

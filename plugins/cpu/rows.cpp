@@ -223,20 +223,19 @@ static void add(const int64_t* part, int n, int64_t* total) {
     for (int i = 0; i < n; ++i) total[i] += part[i];
 }
 
-static void mask(const void* logits, int32_t dtype, const int32_t* allowed, const int32_t* keys, int n,
-                 void* masked) {
+static void mask(const void* logits, int32_t dtype, uint32_t mask_bits, const int32_t* allowed,
+                 const int32_t* keys, int n, void* masked) {
     if (dtype == XSHARE_FLOAT32) {
-        const int32_t* in = static_cast<const int32_t*>(logits);
-        int32_t* out = static_cast<int32_t*>(masked);
+        const uint32_t* in = static_cast<const uint32_t*>(logits);
+        uint32_t* out = static_cast<uint32_t*>(masked);
         for (int i = 0; i < n; ++i)
-            out[i] =
-                (allowed[i] != 0) & (keys[i] != kUnavailable) ? in[i] : static_cast<int32_t>(0xff800000u);
+            out[i] = (allowed[i] != 0) & (keys[i] != kUnavailable) ? in[i] : mask_bits;
         return;
     }
-    const uint16_t infinity = dtype == XSHARE_BFLOAT16 ? 0xff80 : 0xfc00;
+    const uint16_t no = static_cast<uint16_t>(mask_bits);
     const uint16_t* in = static_cast<const uint16_t*>(logits);
     uint16_t* out = static_cast<uint16_t*>(masked);
-    for (int i = 0; i < n; ++i) out[i] = (allowed[i] != 0) & (keys[i] != kUnavailable) ? in[i] : infinity;
+    for (int i = 0; i < n; ++i) out[i] = (allowed[i] != 0) & (keys[i] != kUnavailable) ? in[i] : no;
 }
 
 #define XSHARE_STRING(x) #x

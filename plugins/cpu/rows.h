@@ -42,9 +42,10 @@ struct RowKernels {
     // Adds to `total` [n] what `part` holds.
     void (*add)(const int64_t* part, int n, int64_t* total);
 
-    // masked = logits where allowed (allowed[e] != 0 and keys[e] available), else -inf. May be in place.
-    void (*mask)(const void* logits, int32_t dtype, const int32_t* allowed, const int32_t* keys, int n,
-                 void* masked);
+    // masked = logits where allowed (allowed[e] != 0 and keys[e] available), else `mask_bits`. May be in
+    // place.
+    void (*mask)(const void* logits, int32_t dtype, uint32_t mask_bits, const int32_t* allowed,
+                 const int32_t* keys, int n, void* masked);
 };
 
 const RowKernels& row_kernels();

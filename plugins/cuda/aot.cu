@@ -46,7 +46,8 @@ extern "C" XSHARE_AOT_CLUSTER XSHARE_AOT_ENTRY(XSHARE_AOT_THREADS)
     args.p.request_budget = XSHARE_AOT_REQUEST_BUDGET;
     args.p.gpu_budget = XSHARE_AOT_GPU_BUDGET;
     args.p.max_rows = XSHARE_AOT_MAX_ROWS;
-    args.p.coverage = XSHARE_AOT_MIN_COVERAGE;
+    args.p.coverage = XSHARE_AOT_COVERAGE;
+    args.p.utility = XSHARE_AOT_UTILITY;
     args.t.router_logits = router_logits;
 #if XSHARE_AOT_HAS_CORRECTION_BIAS
     args.t.correction_bias = correction_bias;

@@ -32,16 +32,26 @@ struct RouteArgs {
 
     // XShare is off whatever the rows are: the model's own routing needs no second look at them.
     XSHARE_METHOD bool is_off() const {
-        return p.budget >= p.num_experts && p.gpu_budget == 0 && p.request_budget == 0 &&
-               p.coverage == 0.0;
+        return p.budget >= p.num_experts && p.gpu_budget == 0 && p.request_budget == 0 && p.coverage == 0.0;
     }
     XSHARE_METHOD bool stands_aside(uint32_t num_real_rows) const {
         return is_off() || (p.max_rows >= 0 && num_real_rows > static_cast<uint32_t>(p.max_rows));
     }
     // Whether every row's own top-k must be known, and not its warm-up alone.
     XSHARE_METHOD bool needs_own_choice() const {
-        return t.stats != nullptr || is_off() || (p.max_rows >= 0 && p.num_tokens > p.max_rows);
+        return p.utility == XSHARE_SQUARED_WEIGHT || t.stats != nullptr || p.warmup == p.top_k || is_off() ||
+               (t.step_bias != nullptr && t.exempt != nullptr) ||
+               (p.max_rows >= 0 && p.num_tokens > p.max_rows);
     }
+    // Whether it matters which experts of S a row takes. With a warm-up, S has one for every row.
+    XSHARE_METHOD bool needs_picks() const {
+        return t.expert_ids != nullptr || t.expert_weights != nullptr || t.stats != nullptr || p.warmup == 0;
+    }
+    // Coverage sets the budget of each GPU.
+    XSHARE_METHOD bool caps_gpus() const {
+        return p.coverage > 0.0 && p.gpu_budget == 0 && t.expert_gpu != nullptr;
+    }
+    XSHARE_METHOD bool limits_gpus() const { return p.gpu_budget > 0 || caps_gpus(); }
     XSHARE_METHOD bool is_marked_exempt(int row) const { return t.exempt != nullptr && t.exempt[row] != 0; }
     XSHARE_METHOD int gpu_of(int expert) const {
         const int gpu = t.expert_gpu == nullptr ? 0 : t.expert_gpu[expert];

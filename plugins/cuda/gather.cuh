@@ -10,7 +10,7 @@
 
 namespace xshare {
 
-// A block's rows, in shared memory. An affinity is at most 2^20, so 32 bits hold the sum over 4095 rows.
+// A block's rows, in shared memory. A utility is at most 2^20, so 32 bits hold the sum over 4095 rows.
 template <int V>
 struct Gathered {
     uint32_t sums[V * device::kWarpSize];      // g
@@ -26,27 +26,51 @@ XSHARE_DEVICE void clear(Gathered<V>& gathered) {
     for (int i = device::thread(); i < kWords; i += device::num_threads()) words[i] = 0;
 }
 
-// Stages 1 and 2 of one row: its own choice, its warm-up and its part of the sums. Where its own choice is
-// the outcome whatever the others do, that is written.
+// A row's `num` best of all experts, and what they are worth to it.
+template <int V>
+XSHARE_DEVICE Weight choose_own(const RouteArgs& args, int index, int num, Row<V>& row) {
+    row.own = take_best(row.keys, num);
+    if (num == 0) return {0.0f, 0.0f};
+    const Weight weight = weigh(args, index, row.own);
+    row.utility = static_cast<uint32_t>(fixed_point(mul_rn(weight.share, weight.share)));
+    return weight;
+}
+
+// Calls add(place, utility) for what a row adds to the column sums, as far as it is not 0. Places as in
+// row.cuh.
+template <int V, typename Add>
+XSHARE_DEVICE void for_each_utility(const RouteArgs& args, const Row<V>& row, Add add) {
+    if (args.p.utility == XSHARE_SQUARED_WEIGHT) {
+        if (row.own.is_here() && row.utility != 0) add(place_of<V>(row.own.id), row.utility);
+        return;
+    }
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        const uint32_t utility = static_cast<uint32_t>(fixed_point(row.affinity[i]));
+        if (utility != 0) add(i * device::kWarpSize + device::lane(), utility);
+    }
+}
+
+// Stages 1 and 2 of one row: its own choice, its warm-up and its part of the sums. Its own choice is written
+// if it is known as a whole: it is the outcome unless S lacks one of it.
 template <int V>
 XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gathered<V>& gathered) {
-    score_row(args, index, row);
+    score_row(args, index, false, row);
     if (row.kind == RowKind::kPadding) return;
     if (device::lane() == 0) device::atomic_add(&gathered.num_real_rows, 1u);
     const bool shared = row.kind == RowKind::kShared;
     const bool whole = !shared || args.needs_own_choice();
-    const Picks own = best_of(row.keys, whole ? args.p.top_k : args.p.warmup);
-    if (device::lane() < own.count) {
-        if (whole) add_expert<V>(gathered.sets.before, own.id);
-        if (!shared) add_expert<V>(gathered.sets.exempt, own.id);
-        if (shared && device::lane() < args.p.warmup) add_expert<V>(gathered.sets.warmup, own.id);
+    const Weight weight = choose_own(args, index, whole ? args.p.top_k : args.p.warmup, row);
+    if (whole) write_row(args, index, row.own, weight);
+    if (row.own.is_here()) {
+        if (whole) add_expert<V>(gathered.sets.before, row.own.id);
+        if (!shared) add_expert<V>(gathered.sets.exempt, row.own.id);
+        if (!shared && args.t.stats != nullptr) add_expert<V>(gathered.sets.after, row.own.id);
+        if (shared && device::lane() < args.p.warmup) add_expert<V>(gathered.sets.warmup, row.own.id);
     }
-    if (args.is_off() || !shared) return write_row<V>(args, index, own, gathered.sets.after);
-    XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) {
-        const uint32_t fixed = static_cast<uint32_t>(fixed_point(row.affinity[i]));
-        if (fixed != 0) device::atomic_add(&gathered.sums[i * device::kWarpSize + device::lane()], fixed);
-    }
+    if (args.is_off() || !shared) return;
+    for_each_utility(
+        args, row, [&](int place, uint32_t utility) { device::atomic_add(&gathered.sums[place], utility); });
 }
 
 }  // namespace xshare

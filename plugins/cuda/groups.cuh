@@ -17,8 +17,10 @@ XSHARE_DEVICE void merge(BestTwo& best, const BestTwo& other) {
     best.first = max_of(best.first, other.first);
 }
 
+// kUnavailable where bans have left the group too few experts.
 XSHARE_DEVICE int32_t group_key(const RouteArgs& args, const BestTwo& best) {
     if (args.p.scoring != XSHARE_SIGMOID_BIAS) return best.first;
+    if (best.second == kUnavailable) return kUnavailable;
     return score_key(add_rn(key_score(best.first), key_score(best.second)));
 }
 
@@ -32,9 +34,9 @@ XSHARE_DEVICE void limit_groups_of_lanes(const RouteArgs& args, int lanes_per_gr
         const int other = device::lane() ^ step;
         merge(best, {device::shuffle(best.first, other), device::shuffle(best.second, other)});
     }
-    const int32_t mine = best.first == kUnavailable ? kUnavailable : group_key(args, best);
+    const int32_t mine = group_key(args, best);
     const int group = device::lane() / lanes_per_group;
-    int better_groups = 0;
+    int better_groups = mine == kUnavailable ? args.p.num_groups : 0;
     for (int g = 0; g < args.p.num_groups; ++g) {
         const int32_t key = device::shuffle(mine, g * lanes_per_group);
         better_groups += key > mine || (key == mine && g < group);
@@ -71,10 +73,10 @@ XSHARE_DEVICE void limit_groups_of_any_size(const RouteArgs& args, int group_siz
         XSHARE_UNROLL
         for (int i = 0; i < V; ++i) group_keys[i] = lane * V + i == g ? key : group_keys[i];
     }
-    take_best(group_keys, args.p.top_k_groups);
-    uint32_t taken = 0;
-    XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) taken |= static_cast<uint32_t>(group_keys[i] == kUnavailable) << i;
+    uint32_t taken = available_experts(group_keys);
+    for (int n = 0; n < args.p.top_k_groups; ++n)
+        if (strike_out_best(group_keys).key == kUnavailable) break;
+    taken &= ~available_experts(group_keys);
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         const int group =

@@ -5,6 +5,8 @@
 #ifndef XSHARE_CUDA_LARGEST_CUH
 #define XSHARE_CUDA_LARGEST_CUH
 
+#include <type_traits>
+
 #include "cuda/row.cuh"
 
 namespace xshare {
@@ -23,19 +25,29 @@ struct Room {
     XSHARE_DEVICE_METHOD bool is_met(const Extent& taken) const { return taken.count >= room; }
 };
 
-XSHARE_DEVICE double as_double(uint64_t sum) { return static_cast<double>(static_cast<int64_t>(sum)); }
-
-// Nor more than it takes until they and what is `covered` without them add up to `enough`.
+// Nor more than it takes until they are `least` and add up to `enough`.
 struct RoomAndCoverage {
     static constexpr bool kNeedsSum = true;
-    uint32_t room;
-    uint64_t covered;
-    double enough;
+    uint32_t room, least;
+    uint64_t enough;
 
     XSHARE_DEVICE_METHOD bool is_met(const Extent& taken) const {
-        return taken.count >= room || as_double(covered + taken.sum) >= enough;
+        return taken.count >= room || (taken.count >= least && taken.sum >= enough);
     }
 };
+
+XSHARE_DEVICE double as_double(uint64_t sum) { return static_cast<double>(static_cast<int64_t>(sum)); }
+
+// The least integer that is not below `coverage * total`, for totals below 2^53.
+XSHARE_DEVICE uint64_t share_of(double coverage, uint64_t total) {
+    const double enough = coverage * as_double(total);
+    const uint64_t whole = static_cast<uint64_t>(enough);
+    return whole + (as_double(whole) < enough ? 1 : 0);
+}
+
+// Of a lane's sums in a step, which are at most 2^28 each, 32 bits hold up to 15.
+template <int V, typename Sum>
+using SumOfLane = std::conditional_t < sizeof(Sum) == 4 && V<16, uint32_t, uint64_t>;
 
 // 1 or 0, for sums below half of what the type holds: less to execute than a comparison whose outcome is
 // added.
@@ -47,7 +59,7 @@ XSHARE_DEVICE uint32_t is_less(Sum a, Sum b) {
 template <bool kNeedsSum, int V, typename Sum>
 XSHARE_DEVICE Extent extent_above(const Sum (&sums)[V], Sum bound) {
     uint32_t count = 0;
-    uint64_t sum = 0;
+    SumOfLane<V, Sum> sum = 0;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         count += is_less(bound, sums[i]);
@@ -64,43 +76,40 @@ XSHARE_DEVICE int bits_of_largest(const Sum (&sums)[V]) {
     return device::warp_max(device::bit_length(any));
 }
 
-// The largest bound for which the sums from it on meet the limit; 0 if all sums that are not 0 do not.
+// A bound from which on the sums that are not 0 are those to take, but for some of those equal to it: by two
+// bits at a time, of the largest from which on the sums meet the limit. A count takes 10 bits, so one
+// reduction counts for three bounds. The rest of the bits is not needed once only one sum may be the last, or
+// the room is just met.
 template <int V, typename Sum, typename Limit>
 XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Limit& limit) {
-    Sum bound = 0;
-    for (int b = bits_of_largest(sums) - 1; b >= 0; --b) {
-        const Sum higher = bound | static_cast<Sum>(1) << b;
-        if (limit.is_met(extent_above<Limit::kNeedsSum>(sums, static_cast<Sum>(higher - 1)))) bound = higher;
-    }
-    return bound;
-}
-
-// The same by two bits at a time: a count takes 10 bits, so one reduction counts for three bounds. Where the
-// room is just met, a smaller bound that leaves out as many is as good.
-template <int V, typename Sum>
-XSHARE_DEVICE Sum find_bound(const Sum (&sums)[V], const Room& limit) {
     constexpr uint32_t kCount = V * device::kWarpSize, kMask = (1 << 10) - 1;
     static_assert(kCount <= kMask, "a count takes 10 bits");
     Sum bound = 0;
+    uint32_t count = kCount, count_above = 0;  // from the bound on, and from the next that is too large
     for (int b = (bits_of_largest(sums) - 1) & ~1; b >= 0; b -= 2) {
         const Sum unit = static_cast<Sum>(1) << b;
         uint32_t less[3] = {};
+        SumOfLane<V, Sum> from[3] = {};
         XSHARE_UNROLL
         for (int i = 0; i < V; ++i) {
             XSHARE_UNROLL
-            for (uint32_t d = 0; d < 3; ++d) less[d] += is_less(sums[i], bound | (d + 1) * unit);
+            for (uint32_t d = 0; d < 3; ++d) {
+                const Sum next = bound | (d + 1) * unit;
+                less[d] += is_less(sums[i], next);
+                if (Limit::kNeedsSum) from[d] += sums[i] >= next ? sums[i] : 0;
+            }
         }
         const uint32_t packed = device::warp_add(less[0] | less[1] << 10 | less[2] << 20);
-        uint32_t digit = 0, count = 0;
+        uint32_t digit = 0;
         XSHARE_UNROLL
         for (uint32_t d = 0; d < 3; ++d) {
-            const uint32_t from_here = kCount - (packed >> 10 * d & kMask);
-            if (from_here < limit.room) continue;
-            digit = d + 1;
-            count = from_here;
+            const uint32_t here = kCount - (packed >> 10 * d & kMask);
+            const bool met = limit.is_met({here, Limit::kNeedsSum ? device::warp_add_wide(from[d]) : 0});
+            if (digit == d) (met ? count : count_above) = here;
+            digit += digit == d && met;
         }
         bound |= digit * unit;
-        if (count == limit.room) break;
+        if (Limit::kNeedsSum ? count - count_above <= 1 : count == limit.room) break;
     }
     return bound;
 }

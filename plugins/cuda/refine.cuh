@@ -7,52 +7,69 @@
 
 namespace xshare {
 
-// The experts where masked_logits keeps what the row has: this lane's bits.
-template <int V>
-XSHARE_DEVICE uint32_t allowed_experts(bool keeps_all, bool padding, uint32_t active, const Row<V>& row) {
+// Where masked_logits keeps what the row has: this lane's bits.
+XSHARE_DEVICE uint32_t allowed_experts(bool keeps_all, bool padding, uint32_t active, uint32_t available) {
     if (keeps_all) return ~0u;
-    if (padding) return active;
-    uint32_t available = 0;
-    XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) available |= static_cast<uint32_t>(row.keys[i] != kUnavailable) << i;
-    return active & available;
+    return padding ? active : active & available;
 }
 
-// S holds everything that any row activates where XShare stands aside: the best of S are then the row's own
-// choice.
+// The picks that are in S.
+template <int V>
+XSHARE_DEVICE Picks picks_in(uint32_t active, const Picks& picks) {
+    const uint32_t of_owner = device::shuffle(active, picks.id / V);
+    const bool stays = picks.is_here() && (of_owner >> (picks.id % V) & 1);
+    return {device::ballot(stays), picks.id, picks.key};
+}
+
+// The row's best of S: what is left of its own choice comes first, then the best of the others. Writes them,
+// unless they are its own choice. False if there is none.
+template <int V>
+XSHARE_DEVICE bool pick_active(const RouteArgs& args, uint32_t active, int index, Row<V>& row,
+                               uint32_t* after) {
+    Picks picks = picks_in<V>(active, row.own);
+    const int num_missing = args.p.top_k - picks.count();
+    if (num_missing > 0) {
+        XSHARE_UNROLL
+        for (int i = 0; i < V; ++i) row.keys[i] = active >> i & 1 ? row.keys[i] : kUnavailable;
+        take_best(row.keys, num_missing, kMaxTopK, picks);
+        if (picks.lanes == 0) return false;
+        write_row(args, index, picks, weigh(args, index, picks));
+    }
+    if (args.t.stats != nullptr && picks.is_here()) add_expert<V>(after, picks.id);
+    return true;
+}
+
+// Where XShare stands aside, and of an exempt row, the own choice has been written.
 template <int V>
 XSHARE_DEVICE void refine_row(const RouteArgs& args, bool stands_aside, uint32_t active, int index,
                               Row<V>& row, uint32_t* after) {
-    const bool empty = device::ballot(active != 0) == 0;
     const bool real = row.kind != RowKind::kPadding;
-    if (real && empty && args.t.stats != nullptr && device::lane() == 0) add_expert<V>(after, 0);
-    const bool padding = !real || empty;
-    if (padding) {
-        write_padding_row<V>(args, index, active);
-    } else if (!args.is_off() && row.kind == RowKind::kShared) {
-        XSHARE_UNROLL
-        for (int i = 0; i < V; ++i) row.keys[i] = active >> i & 1 ? row.keys[i] : kUnavailable;
-        write_row<V>(args, index, best_of(row.keys, args.p.top_k), after);
-    }
+    bool padding = !real;
+    if (row.kind == RowKind::kShared && !stands_aside && args.needs_picks())
+        padding = !pick_active(args, active, index, row, after);
+    if (padding) write_padding_row<V>(args, index, active, real && args.t.stats != nullptr ? after : nullptr);
     if (args.t.masked_logits == nullptr) return;
+    const bool empty = device::ballot(active != 0) == 0;
     const bool keeps_all = padding ? empty : stands_aside || row.kind == RowKind::kExempt;
     device::sync_warp();  // in place: the weights have read this row
-    write_masked<V>(args, index, padding, allowed_experts(keeps_all, padding, active, row));
+    write_masked<V>(args, index, padding, allowed_experts(keeps_all, padding, active, row.available));
 }
 
-// Where a row's own choice has been written, a second look at it is for its kind alone.
+// Where a row's own choice has been written whatever S is, a second look at it is for its kind alone.
 template <int V>
-XSHARE_DEVICE void look_again(const RouteArgs& args, int index, Row<V>& row) {
-    float logits[V];
-    if (!args.is_off() && !args.is_marked_exempt(index)) return score_row(args, index, row);
-    row.kind = load_row(args, index, logits);
+XSHARE_DEVICE void look_again(const RouteArgs& args, bool stands_aside, int index, Row<V>& row) {
+    score_row(args, index, stands_aside || args.is_marked_exempt(index), row);
 }
 
+// What is one for all rows, by one block: active_experts and step_bias.
 template <int V>
-XSHARE_DEVICE void write_active_experts(const RouteArgs& args, const uint32_t* active) {
-    if (args.t.active_experts == nullptr) return;
-    for (int e = device::thread(); e < args.p.num_experts; e += device::num_threads())
-        args.t.active_experts[e] = has<V>(active, e);
+XSHARE_DEVICE void write_selection(const RouteArgs& args, bool stands_aside, const uint32_t* active) {
+    for (int e = device::thread(); e < args.p.num_experts; e += device::num_threads()) {
+        const bool is_active = has<V>(active, e);
+        if (args.t.active_experts != nullptr) args.t.active_experts[e] = is_active;
+        if (args.t.step_bias != nullptr)
+            args.t.step_bias[e] = is_active || stands_aside ? bias_of(args, e) : mask_value(args.p);
+    }
 }
 
 // Room for the statistics, in shared memory.
@@ -77,8 +94,8 @@ XSHARE_DEVICE int32_t peak(const RouteArgs& args, const uint32_t* on_gpu) {
 // One block; `source` gives g and the sets, `tally` has before, after and active.
 template <int V, typename Source>
 XSHARE_DEVICE void write_stats(const RouteArgs& args, const Source& source, uint32_t num_real,
-                               uint32_t overflow, Tally& tally) {
-    const bool stands_aside = args.stands_aside(num_real);
+                               bool stands_aside, uint32_t overflow, Tally& tally) {
+    const uint32_t* after = stands_aside ? tally.sets.before : tally.sets.after;
     for (int e = device::thread(); e < args.p.num_experts; e += device::num_threads())
         tally.on_gpu[0][e] = tally.on_gpu[1][e] = 0;
     if (device::thread() == 0) tally.kept = tally.total = 0;
@@ -89,7 +106,7 @@ XSHARE_DEVICE void write_stats(const RouteArgs& args, const Source& source, uint
         total += sum;
         kept += has<V>(tally.active, e) ? sum : 0;
         if (has<V>(tally.sets.before, e)) device::atomic_add(&tally.on_gpu[0][args.gpu_of(e)], 1u);
-        if (has<V>(tally.sets.after, e)) device::atomic_add(&tally.on_gpu[1][args.gpu_of(e)], 1u);
+        if (has<V>(after, e)) device::atomic_add(&tally.on_gpu[1][args.gpu_of(e)], 1u);
     }
     kept = device::add_neighbours(kept, device::kWarpSize);
     total = device::add_neighbours(total, device::kWarpSize);
@@ -99,7 +116,7 @@ XSHARE_DEVICE void write_stats(const RouteArgs& args, const Source& source, uint
     }
     device::sync_block();
     if (device::warp() != 0) return;
-    const int64_t num_before = count_experts(tally.sets.before), num_after = count_experts(tally.sets.after);
+    const int64_t num_before = count_experts(tally.sets.before), num_after = count_experts(after);
     const int32_t peak_before = peak(args, tally.on_gpu[0]), peak_after = peak(args, tally.on_gpu[1]);
     if (device::lane() != 0) return;
     int64_t* stats = args.t.stats;

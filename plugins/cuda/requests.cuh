@@ -60,19 +60,28 @@ XSHARE_DEVICE void enter_rows(const RouteArgs& args, RowsByRequest& rows) {
 // row.cuh.
 template <int V>
 struct ScoredRows {
-    uint32_t affinity[step_threads(V) / device::kWarpSize][V * device::kWarpSize];  // 0 of a row not shared
+    uint32_t utility[step_threads(V) / device::kWarpSize][V * device::kWarpSize];  // 0 of a row not shared
 };
 
+// To be followed by a barrier of the warp at least.
 template <int V>
-XSHARE_DEVICE void publish_row(const Row<V>& row, ScoredRows<V>& scored) {
+XSHARE_DEVICE void publish_row(const RouteArgs& args, const Row<V>& row, ScoredRows<V>& scored) {
+    uint32_t* utilities = scored.utility[device::warp()];
     XSHARE_UNROLL
-    for (int i = 0; i < V; ++i)
-        scored.affinity[device::warp()][i * device::kWarpSize + device::lane()] =
-            row.kind == RowKind::kShared ? static_cast<uint32_t>(fixed_point(row.affinity[i])) : 0;
+    for (int i = 0; i < V; ++i) utilities[i * device::kWarpSize + device::lane()] = 0;
+    device::sync_warp();
+    if (row.kind != RowKind::kShared) return;
+    for_each_utility(args, row, [&](int place, uint32_t utility) { utilities[place] = utility; });
+}
+
+template <int V>
+XSHARE_DEVICE void add_lanes(const uint32_t* utilities, uint32_t (&sums)[V]) {
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) sums[i] += utilities[i * device::kWarpSize + device::lane()];
 }
 
 // One request: its rows after each other in this warp, then its proposal. `add_row(row, sums)` adds a row's
-// affinities.
+// utilities.
 template <int V, typename AddRow>
 XSHARE_DEVICE void gather_request(const RouteArgs& args, const RowsByRequest& rows, int leader,
                                   AddRow add_row, Gathered<V>& gathered) {

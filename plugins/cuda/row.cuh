@@ -15,20 +15,29 @@
 
 namespace xshare {
 
+constexpr float kInfinity = __builtin_huge_valf();
+
 enum class RowKind { kPadding, kExempt, kShared };
+
+// What a warp picked, best first: the lanes that hold an expert, and this lane's.
+struct Picks {
+    uint32_t lanes;
+    int32_t id;
+    int32_t key;
+
+    XSHARE_DEVICE_METHOD int count() const { return device::num_bits(lanes); }
+    XSHARE_DEVICE_METHOD bool is_here() const { return lanes >> device::lane() & 1; }
+    XSHARE_DEVICE_METHOD int slot() const { return device::num_bits(lanes & device::lower_lanes()); }
+};
 
 template <int V>
 struct Row {
     RowKind kind;
-    int32_t keys[V];    // of R; kUnavailable where the row must not go
-    float affinity[V];  // A; 0 beyond the last expert
-};
-
-// What a warp picked: lane j holds the j-th best.
-struct Picks {
-    int count;
-    int32_t id;
-    int32_t key;
+    int32_t keys[V];     // of R; kUnavailable where the row must not go, and of `own`
+    float affinity[V];   // A; 0 beyond the last expert
+    uint32_t available;  // where the row may go, if masked_logits are asked for: this lane's bits
+    Picks own;           // the best of all experts, as far as they have been picked
+    uint32_t utility;    // of this lane's pick in `own`: its squared weight
 };
 
 template <int V>
@@ -116,58 +125,77 @@ XSHARE_DEVICE void load_bits(const RouteArgs& args, int row, uint32_t (&bits)[V]
     }
 }
 
-// Stage 0: the row's logits, 0 beyond the last expert, and what kind of row it is.
+// Stage 0: the row's logits, 0 beyond the last expert, and what kind of row it is, unless its bans (-inf)
+// leave it too few experts.
 template <int V>
-XSHARE_DEVICE RowKind load_row(const RouteArgs& args, int index, float (&logits)[V]) {
+XSHARE_DEVICE RowKind load_row(const RouteArgs& args, int index, float (&logits)[V], bool& has_bans) {
     uint32_t bits[V];
     load_bits(args, index, bits);
     const bool names_nobody = args.t.request_ids != nullptr && args.t.request_ids[index] < 0;
     const bool exempt = args.is_marked_exempt(index);
-    bool finite = true;
+    bool readable = true, banned = false;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         logits[i] = widen(bits[i], args.p.logits_dtype);
-        finite = finite && (float_bits(logits[i]) & 0x7f800000) != 0x7f800000;
+        readable = readable && logits[i] < kInfinity;
+        banned = banned || logits[i] == -kInfinity;
     }
-    if (device::ballot(!finite) != 0 || names_nobody) return RowKind::kPadding;
+    has_bans = device::ballot(banned) != 0;
+    if (device::ballot(!readable) != 0 || names_nobody) return RowKind::kPadding;
     return exempt ? RowKind::kExempt : RowKind::kShared;
 }
 
-// The `k` best of the keys, which are made unavailable.
+struct Best {
+    int32_t key, id;
+};
+
+// The best of the keys, which is made unavailable; its key says if there was none.
 template <int V>
-XSHARE_DEVICE Picks take_best(int32_t (&keys)[V], int k) {
-    Picks picks = {0, 0, kUnavailable};
-    const int lane = device::lane();
-    for (; picks.count < k; ++picks.count) {
-        int32_t best = keys[0];
-        int place = 0;
-        XSHARE_UNROLL
-        for (int i = 1; i < V; ++i) {
-            place = keys[i] > best ? i : place;
-            best = max_of(best, keys[i]);
-        }
-        const int32_t top = device::warp_max(best);
-        if (top == kUnavailable) break;
-        const uint32_t equal = device::ballot(best == top);
-        const bool is_mine = best == top && (equal & device::lower_lanes()) == 0;
-        const int taken = is_mine ? place : V;  // known here before the id is known everywhere
-        XSHARE_UNROLL
-        for (int i = 0; i < V; ++i) keys[i] = i == taken ? kUnavailable : keys[i];
-        const int32_t id = device::shuffle(lane * V + place, device::first_bit(equal));
-        if (lane == picks.count) {
-            picks.id = id;
-            picks.key = top;
-        }
+XSHARE_DEVICE Best strike_out_best(int32_t (&keys)[V]) {
+    int32_t best = keys[0];
+    int place = 0;
+    XSHARE_UNROLL
+    for (int i = 1; i < V; ++i) {
+        place = keys[i] > best ? i : place;
+        best = max_of(best, keys[i]);
     }
-    return picks;
+    const int32_t top = device::warp_max(best);
+    if (top == kUnavailable) return {top, 0};
+    const uint32_t equal = device::ballot(best == top);
+    const bool is_mine = best == top && (equal & device::lower_lanes()) == 0;
+    const int taken = is_mine ? place : V;  // known here before the id is known everywhere
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) keys[i] = i == taken ? kUnavailable : keys[i];
+    return {top, device::shuffle(device::lane() * V + place, device::first_bit(equal))};
+}
+
+// The `k` best of the keys, which are made unavailable, into the lanes from `first` on.
+template <int V>
+XSHARE_DEVICE void take_best(int32_t (&keys)[V], int k, int first, Picks& picks) {
+    for (int to = first; to < first + k; ++to) {
+        const Best best = strike_out_best(keys);
+        if (best.key == kUnavailable) break;
+        picks.lanes |= 1u << to;
+        if (device::lane() != to) continue;
+        picks.id = best.id;
+        picks.key = best.key;
+    }
 }
 
 template <int V>
-XSHARE_DEVICE Picks best_of(const int32_t (&keys)[V], int k) {
-    int32_t copy[V];
+XSHARE_DEVICE Picks take_best(int32_t (&keys)[V], int k) {
+    Picks picks = {0, 0, kUnavailable};
+    take_best(keys, k, 0, picks);
+    return picks;
+}
+
+// This lane's bits.
+template <int V>
+XSHARE_DEVICE uint32_t available_experts(const int32_t (&keys)[V]) {
+    uint32_t available = 0;
     XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) copy[i] = keys[i];
-    return take_best(copy, k);
+    for (int i = 0; i < V; ++i) available |= static_cast<uint32_t>(keys[i] != kUnavailable) << i;
+    return available;
 }
 
 }  // namespace xshare

@@ -113,16 +113,13 @@ template <int V>
 XSHARE_DEVICE void sum_request(const RouteArgs& args, const int32_t* rows, int num_rows,
                                ProposeShared<V>& shared) {
     Row<V> row;
-    uint64_t sums[V] = {};
     for (int i = device::warp(); i < num_rows; i += device::num_warps()) {
-        score_row(args, rows[i], row);
-        XSHARE_UNROLL
-        for (int j = 0; j < V; ++j) sums[j] += static_cast<uint64_t>(fixed_point(row.affinity[j]));
+        score_row(args, rows[i], false, row);
+        if (args.p.utility == XSHARE_SQUARED_WEIGHT) choose_own(args, rows[i], args.p.top_k, row);
+        for_each_utility(args, row, [&](int place, uint32_t utility) {
+            device::atomic_add(&shared.sums[place], uint64_t{utility});
+        });
     }
-    if (device::warp() >= num_rows) return;
-    XSHARE_UNROLL
-    for (int j = 0; j < V; ++j)
-        if (sums[j] != 0) device::atomic_add(&shared.sums[j * device::kWarpSize + device::lane()], sums[j]);
 }
 
 // Stage 3: a block takes one request after another.
@@ -132,7 +129,7 @@ XSHARE_DEVICE void propose(const RouteArgs& args) {
     const Workspace w(args);
     device::await_previous_kernel();
     device::allow_next_kernel();
-    if (args.stands_aside(w.totals->num_real_rows)) return;
+    if (step_stands_aside(args, w.totals->num_real_rows, w.totals->sets)) return;
     for (uint32_t request = static_cast<uint32_t>(device::block()); request < w.totals->num_requests;
          request += static_cast<uint32_t>(device::num_blocks())) {
         for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())
@@ -175,14 +172,14 @@ XSHARE_DEVICE void refine_rows(const RouteArgs& args) {
     device::sync_block();
     select_experts(args, shared.selection);
     const uint32_t active = shared.selection.active[device::lane()];
-    const bool stands_aside = args.stands_aside(shared.selection.num_real_rows);
+    const bool stands_aside = shared.selection.stands_aside;
     Row<V> row;
     for (int index = first_row(); index < args.p.num_tokens; index += row_step()) {
-        look_again(args, index, row);
+        look_again(args, stands_aside, index, row);
         refine_row<V>(args, stands_aside, active, index, row, shared.after);
     }
     if (device::block() == 0) {
-        write_active_experts<V>(args, shared.selection.active);
+        write_selection<V>(args, stands_aside, shared.selection.active);
         if (thread < device::kWarpSize) w.totals->active[thread] = active;
         if (thread == 0) w.totals->warmup_overflow = shared.selection.warmup_overflow;
     }
@@ -204,7 +201,9 @@ XSHARE_DEVICE void tally_rows(const RouteArgs& args) {
         tally.active[device::thread()] = w.totals->active[device::thread()];
     }
     const TotalsSource<V> source(args, *w.totals);
-    write_stats<V>(args, source, w.totals->num_real_rows, w.totals->warmup_overflow, tally);
+    const uint32_t num_real = w.totals->num_real_rows;
+    write_stats<V>(args, source, num_real, step_stands_aside(args, num_real, w.totals->sets),
+                   w.totals->warmup_overflow, tally);
 }
 
 }  // namespace xshare

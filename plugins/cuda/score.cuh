@@ -34,15 +34,29 @@ XSHARE_DEVICE void score_softmax(bool rank_by_logits, const float (&logits)[V], 
     }
 }
 
+XSHARE_DEVICE float finite_or_zero(float bias) {
+    return (float_bits(bias) & 0x7f800000) == 0x7f800000 ? 0.0f : bias;
+}
+
+XSHARE_DEVICE float bias_of(const RouteArgs& args, int expert) {
+    return args.t.correction_bias == nullptr ? 0.0f : finite_or_zero(args.t.correction_bias[expert]);
+}
+
 template <int V>
 XSHARE_DEVICE void score_sigmoid(const float (&bias)[V], const float (&logits)[V], int num_here,
                                  Row<V>& row) {
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         row.affinity[i] = sigmoid_fixed(i < num_here ? logits[i] : kNoLogit);
-        const float b = (float_bits(bias[i]) & 0x7f800000) == 0x7f800000 ? 0.0f : bias[i];
-        row.keys[i] = i < num_here ? score_key(add_rn(row.affinity[i], b)) : kUnavailable;
+        row.keys[i] =
+            i < num_here ? score_key(add_rn(row.affinity[i], finite_or_zero(bias[i]))) : kUnavailable;
     }
+}
+
+template <int V>
+XSHARE_DEVICE void strike_out_banned(const float (&logits)[V], int32_t (&keys)[V]) {
+    XSHARE_UNROLL
+    for (int i = 0; i < V; ++i) keys[i] = logits[i] == -kInfinity ? kUnavailable : keys[i];
 }
 
 // Asked for before the logits have arrived, so that there is one wait for both.
@@ -55,19 +69,27 @@ XSHARE_DEVICE void load_bias(const RouteArgs& args, int num_here, float (&bias)[
                       : 0.0f;
 }
 
-// Stage 1. A padding row gets no scores.
+// Stage 1. A padding row gets no scores; nor does another of which the kind alone is asked for, as a rule.
 template <int V>
-XSHARE_DEVICE void score_row(const RouteArgs& args, int index, Row<V>& row) {
+XSHARE_DEVICE void score_row(const RouteArgs& args, int index, bool kind_alone, Row<V>& row) {
     const int num_here = max_of(0, min_of(V, args.p.num_experts - device::lane() * V));
     float logits[V], bias[V];
+    bool has_bans;
     load_bias(args, num_here, bias);
-    row.kind = load_row(args, index, logits);
-    if (row.kind == RowKind::kPadding) return;
+    row.kind = load_row(args, index, logits, has_bans);
+    row.own = {0, 0, kUnavailable};
+    row.available = row.utility = 0;
+    if (row.kind == RowKind::kPadding || (kind_alone && !has_bans)) return;
     if (args.p.scoring == XSHARE_SIGMOID_BIAS)
         score_sigmoid(bias, logits, num_here, row);
     else
         score_softmax(args.p.scoring == XSHARE_TOPK_SOFTMAX, logits, num_here, row);
+    if (has_bans) strike_out_banned(logits, row.keys);
     if (args.p.num_groups > 1) limit_groups(args, row.keys);
+    if (!has_bans && args.t.masked_logits == nullptr) return;
+    row.available = available_experts(row.keys);
+    const uint32_t num_available = device::warp_add(static_cast<uint32_t>(device::num_bits(row.available)));
+    if (num_available < static_cast<uint32_t>(args.p.top_k)) row.kind = RowKind::kPadding;
 }
 
 }  // namespace xshare

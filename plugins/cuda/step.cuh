@@ -84,15 +84,12 @@ XSHARE_DEVICE int gather_requests_at_once(const RouteArgs& args, int this_warp, 
                                           StepShared<V>& shared, Row<V>& row) {
     if (this_warp < args.p.num_tokens) {
         gather_row(args, this_warp, row, shared.gathered);
-        publish_row(row, shared.proposing.scored);
+        publish_row(args, row, shared.proposing.scored);
     }
     device::sync_team();
     const auto add_row = [&](int index, uint32_t (&sums)[V]) {
         const int size = device::team_size();
-        const uint32_t* affinity =
-            device::of_peer(shared.proposing.scored.affinity[index / size], index % size);
-        XSHARE_UNROLL
-        for (int i = 0; i < V; ++i) sums[i] += affinity[i * device::kWarpSize + device::lane()];
+        add_lanes(device::of_peer(shared.proposing.scored.utility[index / size], index % size), sums);
     };
     gather_requests(args, this_warp, team_warps, shared.proposing.rows, add_row, shared.gathered);
     return this_warp < args.p.num_tokens ? this_warp : -1;
@@ -117,9 +114,9 @@ XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_war
     const auto add_row = [&](int index, uint32_t (&sums)[V]) {
         gather_row(args, index, row, shared.gathered);
         last = index;
-        if (row.kind != RowKind::kShared) return;
-        XSHARE_UNROLL
-        for (int i = 0; i < V; ++i) sums[i] += static_cast<uint32_t>(fixed_point(row.affinity[i]));
+        publish_row(args, row, shared.proposing.scored);
+        device::sync_warp();
+        add_lanes(shared.proposing.scored.utility[device::warp()], sums);
     };
     gather_requests(args, this_warp, team_warps, shared.proposing.rows, add_row, shared.gathered);
     return last;
@@ -129,12 +126,12 @@ template <int V>
 XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_warps, int scored,
                                StepShared<V>& shared, Row<V>& row) {
     const uint32_t active = shared.deciding.selection.active[device::lane()];
-    const bool stands_aside = args.stands_aside(shared.deciding.selection.num_real_rows);
+    const bool stands_aside = shared.deciding.selection.stands_aside;
     // Backwards: the row that was scored last comes first and still has its scores.
     const int last_round = (args.p.num_tokens - 1 - this_warp) / team_warps;
     for (int index = this_warp + last_round * team_warps; index >= 0; index -= team_warps) {
         if (index >= args.p.num_tokens) continue;
-        if (index != scored) look_again(args, index, row);
+        if (index != scored) look_again(args, stands_aside, index, row);
         scored = -1;
         refine_row<V>(args, stands_aside, active, index, row, shared.gathered.sets.after);
     }
@@ -150,7 +147,8 @@ XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source
     for (int i = kWordsBeforeRefining + device::thread(); i < kSetWords; i += device::num_threads())
         words_of(shared.deciding.tally.sets)[i] = source.set_word(i);
     write_stats<V>(args, source, shared.deciding.selection.num_real_rows,
-                   shared.deciding.selection.warmup_overflow, shared.deciding.tally);
+                   shared.deciding.selection.stands_aside, shared.deciding.selection.warmup_overflow,
+                   shared.deciding.tally);
 }
 
 template <int V>
@@ -174,7 +172,8 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     if (args.t.stats == nullptr) device::team_leave();
     select_experts(args, shared.deciding.selection);
     refine_step(args, this_warp, team_warps, scored, shared, row);
-    if (rank == 0) write_active_experts<V>(args, shared.deciding.selection.active);
+    if (rank == 0)
+        write_selection<V>(args, shared.deciding.selection.stands_aside, shared.deciding.selection.active);
     if (args.t.stats != nullptr) {
         device::sync_team();
         if (rank == 0) tally_step(args, source, shared);

@@ -14,20 +14,32 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
 
-enum class Kind { kInteger, kSwitch, kFloat, kDouble, kScoring };
+enum class Kind { kInteger, kSwitch, kFloat, kDouble, kChoice };
+
+struct Choices {
+    char const* names[4];  // by their codes, nullptr behind the last
+    char const* all;
+};
+
+constexpr Choices kScorings = {{"softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"},
+                               "softmax, softmax_renorm, topk_softmax or sigmoid_bias"};
+constexpr Choices kUtilities = {{"squared_weight", "affinity"}, "squared_weight or affinity"};
+constexpr Choices kOutputs = {{"routing", "masked_logits", "step_bias"},
+                              "routing, masked_logits or step_bias"};
 
 struct FieldSpec {
     char const* name;
     Kind kind;
     bool required;
     size_t offset;  // in Settings
+    Choices const* choices = nullptr;
 };
 
 constexpr FieldSpec kFields[] = {
     {"num_experts", Kind::kInteger, true, offsetof(Settings, params.num_experts)},
     {"top_k", Kind::kInteger, true, offsetof(Settings, params.top_k)},
-    {"scoring", Kind::kScoring, true, offsetof(Settings, params.scoring)},
-    {"budget", Kind::kInteger, true, offsetof(Settings, params.budget)},
+    {"scoring", Kind::kChoice, true, offsetof(Settings, params.scoring), &kScorings},
+    {"budget", Kind::kInteger, false, offsetof(Settings, params.budget)},
     {"num_groups", Kind::kInteger, false, offsetof(Settings, params.num_groups)},
     {"top_k_groups", Kind::kInteger, false, offsetof(Settings, params.top_k_groups)},
     {"routed_scaling_factor", Kind::kFloat, false, offsetof(Settings, params.routed_scaling_factor)},
@@ -36,6 +48,9 @@ constexpr FieldSpec kFields[] = {
     {"gpu_budget", Kind::kInteger, false, offsetof(Settings, params.gpu_budget)},
     {"max_rows", Kind::kInteger, false, offsetof(Settings, params.max_rows)},
     {"coverage", Kind::kDouble, false, offsetof(Settings, params.coverage)},
+    {"utility", Kind::kChoice, false, offsetof(Settings, params.utility), &kUtilities},
+    {"output", Kind::kChoice, false, offsetof(Settings, output), &kOutputs},
+    {"mask_value", Kind::kFloat, false, offsetof(Settings, params.mask_value)},
     {"has_correction_bias", Kind::kSwitch, false, offsetof(Settings, has_correction_bias)},
     {"has_request_ids", Kind::kSwitch, false, offsetof(Settings, has_request_ids)},
     {"has_exempt", Kind::kSwitch, false, offsetof(Settings, has_exempt)},
@@ -45,15 +60,13 @@ constexpr FieldSpec kFields[] = {
 constexpr int kNumFields = static_cast<int>(std::size(kFields));
 static_assert(kNumFields == SerializedFields::kCount);
 
-constexpr char const* kScorings[] = {"softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"};
-
 PluginFieldType type_of(Kind kind) {
     switch (kind) {
         case Kind::kFloat:
             return PluginFieldType::kFLOAT32;
         case Kind::kDouble:
             return PluginFieldType::kFLOAT64;
-        case Kind::kScoring:
+        case Kind::kChoice:
             return PluginFieldType::kCHAR;
         default:
             return PluginFieldType::kINT32;
@@ -79,6 +92,7 @@ Settings defaults() {
     settings.params.num_groups = 1;
     settings.params.top_k_groups = 1;
     settings.params.routed_scaling_factor = 1.0f;
+    settings.params.budget = INT_MAX;
     settings.params.warmup = 1;
     settings.params.max_rows = -1;
     return settings;
@@ -119,31 +133,33 @@ xshare_status read_real(PluginField const& field, FieldSpec const& spec, Setting
 }
 
 // Characters with or without zeros at their end: TensorRT's Python and its ONNX parser differ.
-xshare_status read_scoring(PluginField const& field, FieldSpec const& spec, Settings& settings,
-                           Message& message) {
+xshare_status read_choice(PluginField const& field, FieldSpec const& spec, Settings& settings,
+                          Message& message) {
     if (field.type != PluginFieldType::kCHAR)
         return refuse(message, XSHARE_INVALID_PARAMETER, "field %s must be characters", spec.name);
     char const* const text = static_cast<char const*>(field.data);
     const size_t length = strnlen(text, static_cast<size_t>(field.length));
-    for (int32_t code = 0; code < static_cast<int32_t>(std::size(kScorings)); ++code) {
-        if (strlen(kScorings[code]) != length || memcmp(kScorings[code], text, length) != 0) continue;
-        store(settings, spec, code);
-        return XSHARE_OK;
+    int32_t code = 0;
+    for (char const* name : spec.choices->names) {
+        if (name != nullptr && strlen(name) == length && memcmp(name, text, length) == 0) {
+            store(settings, spec, code);
+            return XSHARE_OK;
+        }
+        ++code;
     }
-    return refuse(message, XSHARE_INVALID_PARAMETER,
-                  "scoring must be softmax, softmax_renorm, topk_softmax or sigmoid_bias, not '%.*s'",
-                  static_cast<int>(length < 40 ? length : 40), text);
+    return refuse(message, XSHARE_INVALID_PARAMETER, "%s must be %s, not '%.*s'", spec.name,
+                  spec.choices->all, static_cast<int>(length < 40 ? length : 40), text);
 }
 
 xshare_status read_field(PluginField const& field, FieldSpec const& spec, Settings& settings,
                          Message& message) {
-    const bool is_text = spec.kind == Kind::kScoring;
+    const bool is_text = spec.kind == Kind::kChoice;
     if (field.data == nullptr || field.length < 1)
         return refuse(message, XSHARE_INVALID_PARAMETER, "field %s has no value", spec.name);
     if (!is_text && field.length != 1)
         return refuse(message, XSHARE_INVALID_PARAMETER, "field %s must be one number, not %d", spec.name,
                       field.length);
-    if (is_text) return read_scoring(field, spec, settings, message);
+    if (is_text) return read_choice(field, spec, settings, message);
     if (spec.kind == Kind::kFloat || spec.kind == Kind::kDouble)
         return read_real(field, spec, settings, message);
     return read_integer(field, spec, settings, message);
@@ -153,6 +169,23 @@ int find_field(char const* name) {
     for (int i = 0; i < kNumFields; ++i)
         if (strcmp(kFields[i].name, name) == 0) return i;
     return -1;
+}
+
+// A layer behind masked logits routes by the model's own rule, which must then give what routing inside S
+// gives.
+xshare_status check_output(Settings const& settings, Message& message) {
+    constexpr xshare_status bad = XSHARE_INVALID_PARAMETER;
+    if (settings.params.mask_value != 0.0f && settings.output == kRouting)
+        return refuse(message, bad, "mask_value needs output masked_logits or step_bias");
+    if (settings.output != kMaskedLogits) return XSHARE_OK;
+    if (settings.params.scoring == XSHARE_SOFTMAX)
+        return refuse(message, bad,
+                      "masked_logits would change the weights of softmax scoring: its softmax is over all");
+    if (settings.has_correction_bias)
+        return refuse(message, bad,
+                      "masked_logits cannot keep a correction bias from ranking what is masked: output "
+                      "step_bias can");
+    return XSHARE_OK;
 }
 
 // The rules of the C ABI, asked with stand-ins for the tensors that the fields promise: the rules are written
@@ -168,8 +201,10 @@ xshare_status check_settings(Settings const& settings, Message& message) {
     if (settings.has_request_ids) tensors.request_ids = reinterpret_cast<int32_t*>(present);
     if (settings.has_exempt) tensors.exempt = present;
     if (settings.has_expert_gpu) tensors.expert_gpu = reinterpret_cast<int32_t*>(present);
-    const xshare_status status = check_params(params, message);
-    return status == XSHARE_OK ? check_pointers(params, tensors, message) : status;
+    if (settings.output == kStepBias) tensors.step_bias = reinterpret_cast<float*>(present);
+    xshare_status status = check_params(params, message);
+    if (status == XSHARE_OK) status = check_pointers(params, tensors, message);
+    return status == XSHARE_OK ? check_output(settings, message) : status;
 }
 
 struct FieldNames {
@@ -204,6 +239,8 @@ xshare_status parse_fields(PluginFieldCollection const& given, Settings& setting
     for (int i = 0; i < kNumFields; ++i)
         if (kFields[i].required && !seen[i])
             return refuse(message, bad, "field %s is missing", kFields[i].name);
+    if (!seen[find_field("budget")] && settings.params.coverage == 0.0 && settings.params.gpu_budget == 0)
+        return refuse(message, bad, "one of coverage, budget and gpu_budget must be set");
     return check_settings(settings, message);
 }
 
@@ -217,8 +254,10 @@ SerializedFields::SerializedFields(Settings const& settings) : settings_(setting
     for (int i = 0; i < kCount; ++i) {
         FieldSpec const& spec = kFields[i];
         fields_[i] = PluginField(spec.name, base + spec.offset, type_of(spec.kind), 1);
-        if (spec.kind != Kind::kScoring) continue;
-        char const* const name = kScorings[settings_.params.scoring];
+        if (spec.kind != Kind::kChoice) continue;
+        int32_t code;
+        memcpy(&code, base + spec.offset, sizeof code);
+        char const* const name = spec.choices->names[code];
         fields_[i].data = name;
         fields_[i].length = static_cast<int32_t>(strlen(name));
     }

@@ -11,8 +11,16 @@
 
 namespace xshare::tensorrt {
 
+// What the plugin gives besides the active experts.
+enum Output : int32_t {
+    kRouting,       // expert ids and weights
+    kMaskedLogits,  // for a layer that routes by them
+    kStepBias       // for a layer that ranks by sigmoid plus this bias
+};
+
 struct Settings {
     xshare_route_params params;  // all but num_tokens and logits_dtype, which only the tensors know
+    int32_t output;              // Output
     int32_t has_correction_bias;
     int32_t has_request_ids;
     int32_t has_exempt;
@@ -36,7 +44,7 @@ class SerializedFields {
 
     nvinfer1::PluginFieldCollection const& collection() const { return collection_; }
 
-    static constexpr int kCount = 17;
+    static constexpr int kCount = 20;
 
   private:
     Settings const settings_;

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tensorrt/routing_plugin.h"
 
-#include <initializer_list>
-
 #include "tensorrt/log.h"
 #include "xshare/xshare_cuda.h"
 
@@ -22,6 +20,18 @@ InputPlaces places_of(Settings const& settings) {
     return places;
 }
 
+OutputPlaces outputs_of(Settings const& settings) {
+    OutputPlaces places;
+    if (settings.output == kRouting) {
+        places.expert_ids = places.count++;
+        places.expert_weights = places.count++;
+    }
+    if (settings.output == kMaskedLogits) places.masked_logits = places.count++;
+    if (settings.output == kStepBias) places.step_bias = places.count++;
+    if (settings.has_active_experts) places.active_experts = places.count++;
+    return places;
+}
+
 bool is_logits_type(DataType type) {
     return type == DataType::kFLOAT || type == DataType::kBF16 || type == DataType::kHALF;
 }
@@ -36,9 +46,10 @@ DataType input_type(InputPlaces const& places, int32_t position) {
     return position == places.correction_bias ? DataType::kFLOAT : DataType::kINT32;
 }
 
-DataType output_type(int32_t position) {
-    if (position == kExpertIds) return DataType::kINT32;
-    return position == kExpertWeights ? DataType::kFLOAT : DataType::kBOOL;
+DataType output_type(OutputPlaces const& places, int32_t position, DataType logits_type) {
+    if (position == places.expert_ids) return DataType::kINT32;
+    if (position == places.masked_logits) return logits_type;
+    return position == places.active_experts ? DataType::kBOOL : DataType::kFLOAT;
 }
 
 template <typename Element>
@@ -46,10 +57,18 @@ Element const* input_at(void const* const* inputs, int place) {
     return place < 0 ? nullptr : static_cast<Element const*>(inputs[place]);
 }
 
+template <typename Element>
+Element* output_at(void* const* outputs, int place) {
+    return place < 0 ? nullptr : static_cast<Element*>(outputs[place]);
+}
+
 }  // namespace
 
 RoutingPlugin::RoutingPlugin(Settings const& settings)
-    : settings_(settings), places_(places_of(settings)), serialized_(settings) {}
+    : settings_(settings),
+      places_(places_of(settings)),
+      outputs_(outputs_of(settings)),
+      serialized_(settings) {}
 
 // ---- IPluginV3 ----
 
@@ -115,10 +134,11 @@ int32_t RoutingPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_
     return fits("configurePlugin", logits.desc, logits.max) ? 0 : -1;
 }
 
-int32_t RoutingPlugin::getOutputDataTypes(DataType* output_types, int32_t num_outputs, DataType const*,
-                                          int32_t num_inputs) const noexcept {
+int32_t RoutingPlugin::getOutputDataTypes(DataType* output_types, int32_t num_outputs,
+                                          DataType const* input_types, int32_t num_inputs) const noexcept {
     if (!has_places("getOutputDataTypes", num_inputs, num_outputs)) return -1;
-    for (int32_t i = 0; i < num_outputs; ++i) output_types[i] = output_type(i);
+    for (int32_t i = 0; i < num_outputs; ++i)
+        output_types[i] = output_type(outputs_, i, input_types[places_.router_logits]);
     return 0;
 }
 
@@ -132,14 +152,14 @@ int32_t RoutingPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_
             log_error("the router logits must be [rows, num_experts], but have %d dimensions", logits.nbDims);
             return -1;
         }
-        for (const int place : {kExpertIds, kExpertWeights}) {
-            outputs[place].nbDims = 2;
+        for (int place = 0; place < num_outputs; ++place) {
+            const bool is_for_all_rows = place == outputs_.step_bias || place == outputs_.active_experts;
+            const bool is_per_expert = is_for_all_rows || place == outputs_.masked_logits;
+            outputs[place].nbDims = is_for_all_rows ? 1 : 2;
             outputs[place].d[0] = logits.d[0];
-            outputs[place].d[1] = builder.constant(settings_.params.top_k);
+            outputs[place].d[outputs[place].nbDims - 1] =
+                builder.constant(is_per_expert ? settings_.params.num_experts : settings_.params.top_k);
         }
-        if (!settings_.has_active_experts) return 0;
-        outputs[kActiveExperts].nbDims = 1;
-        outputs[kActiveExperts].d[0] = builder.constant(settings_.params.num_experts);
         return 0;
     });
 }
@@ -151,7 +171,8 @@ bool RoutingPlugin::supportsFormatCombination(int32_t position, DynamicPluginTen
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     if (position == places_.router_logits) return is_logits_type(tensor.type);
     if (position < num_inputs) return tensor.type == input_type(places_, position);
-    return tensor.type == output_type(position - num_inputs);
+    return tensor.type ==
+           output_type(outputs_, position - num_inputs, in_out[places_.router_logits].desc.type);
 }
 
 size_t RoutingPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t,
@@ -185,9 +206,11 @@ int32_t RoutingPlugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorD
     tensors.request_ids = input_at<int32_t>(inputs, places_.request_ids);
     tensors.exempt = input_at<uint8_t>(inputs, places_.exempt);
     tensors.expert_gpu = input_at<int32_t>(inputs, places_.expert_gpu);
-    tensors.expert_ids = static_cast<int32_t*>(outputs[kExpertIds]);
-    tensors.expert_weights = static_cast<float*>(outputs[kExpertWeights]);
-    if (settings_.has_active_experts) tensors.active_experts = static_cast<uint8_t*>(outputs[kActiveExperts]);
+    tensors.expert_ids = output_at<int32_t>(outputs, outputs_.expert_ids);
+    tensors.expert_weights = output_at<float>(outputs, outputs_.expert_weights);
+    tensors.masked_logits = output_at<void>(outputs, outputs_.masked_logits);
+    tensors.step_bias = output_at<float>(outputs, outputs_.step_bias);
+    tensors.active_experts = output_at<uint8_t>(outputs, outputs_.active_experts);
 
     size_t size = 0;
     xshare_status status = xshare_cuda_workspace_size(&params, &size);

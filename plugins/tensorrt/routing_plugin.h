@@ -11,7 +11,7 @@
 namespace xshare::tensorrt {
 
 inline constexpr char kPluginName[] = "XShareRouting";
-inline constexpr char kPluginVersion[] = "1";
+inline constexpr char kPluginVersion[] = "2";  // of its fields: another does not read them
 inline constexpr char kPluginNamespace[] = "xshare";
 
 // Which tensor is where. Optional inputs that are off take no place (-1).
@@ -24,7 +24,14 @@ struct InputPlaces {
     int count = 1;
 };
 
-enum OutputPlace { kExpertIds = 0, kExpertWeights = 1, kActiveExperts = 2 };
+struct OutputPlaces {
+    int expert_ids = -1;
+    int expert_weights = -1;
+    int masked_logits = -1;
+    int step_bias = -1;
+    int active_experts = -1;
+    int count = 0;
+};
 
 class RoutingPlugin final : public nvinfer1::IPluginV3,
                             public nvinfer1::IPluginV3OneCore,
@@ -58,7 +65,7 @@ class RoutingPlugin final : public nvinfer1::IPluginV3,
                             nvinfer1::IExprBuilder& builder) noexcept override;
     bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* in_out,
                                    int32_t num_inputs, int32_t num_outputs) noexcept override;
-    int32_t getNbOutputs() const noexcept override { return settings_.has_active_experts ? 3 : 2; }
+    int32_t getNbOutputs() const noexcept override { return outputs_.count; }
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t num_inputs,
                             nvinfer1::DynamicPluginTensorDesc const* outputs,
                             int32_t num_outputs) const noexcept override;
@@ -80,6 +87,7 @@ class RoutingPlugin final : public nvinfer1::IPluginV3,
 
     Settings const settings_;
     InputPlaces const places_;
+    OutputPlaces const outputs_;
     SerializedFields const serialized_;
 };
 

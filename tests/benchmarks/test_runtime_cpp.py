@@ -71,7 +71,7 @@ def by_rows(read: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def test_report(bench: Path, tmp_path: Path) -> None:
-    options = ("--concurrency", "1,8,64", "--budget=16", "--warmup_experts", 0)
+    options = ("--concurrency", "1,8,64", "--coverage=0", "--budget=16", "--warmup_experts", 0)
     read = report(bench, tmp_path / "a.json", *options, "--commit", 'a"\\\t')
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert read["command"].startswith("xshare_bench --iterations 2 --warmup=0 --json ")
@@ -98,7 +98,10 @@ def test_report(bench: Path, tmp_path: Path) -> None:
 def test_table(bench: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     table = run(bench, *QUICK, "--model=xshare-moe-14m", "--concurrency=2,16", "--json", path)
-    assert "64 experts, top 8, hidden 256, intermediate 64, 4 layers; budget 24, warm-up 1" in table.stdout
+    assert (
+        "64 experts, top 8, hidden 256, intermediate 64, 4 layers; coverage 0.97, budget none, warm-up 1"
+        in table.stdout
+    )
     assert "logits: synthetic" in table.stdout
     lines = [line.split("|") for line in table.stdout.splitlines() if re.match(r" *\d+ \|", line)]
     rows = by_rows(json.loads(path.read_text()))
@@ -111,23 +114,34 @@ def test_table(bench: Path, tmp_path: Path) -> None:
 
 
 def test_a_budget_of_all_experts_changes_nothing(bench: Path, tmp_path: Path) -> None:
-    for row in by_rows(report(bench, tmp_path / "a.json", "--budget", 64, "--concurrency=1,4,32")).values():
+    options = ("--coverage=0", "--budget", 64, "--concurrency=1,4,32")
+    for row in by_rows(report(bench, tmp_path / "a.json", *options)).values():
         assert row["active_experts_own"] == row["active_experts_xshare"]
 
 
-def test_dataset_is_routed_as_the_package_routes_it(bench: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        (("--coverage=0", "--budget=13", "--warmup_experts=2"), XShareConfig(budget=13, warmup=2)),
+        ((), XShareConfig(coverage=0.97)),
+        (("--coverage=0.8", "--budget=20"), XShareConfig(coverage=0.8, budget=20)),
+    ],
+)
+def test_dataset_is_routed_as_the_package_routes_it(
+    bench: Path, tmp_path: Path, options: tuple[str, ...], config: XShareConfig
+) -> None:
     """Steps of 6 of 10 documents, 3 layers where the model has 4: every index wraps around."""
     logits = torch.randn(3, 10, 5, 64, generator=torch.Generator().manual_seed(3)) * 1.5
     np.save(tmp_path / "a.npy", logits.numpy())
-    options = ("--dataset", tmp_path / "a.npy", "--concurrency=6", "--budget=13", "--warmup_experts=2")
-    read = report(bench, tmp_path / "a.json", *options)
+    dataset = ("--dataset", tmp_path / "a.npy", "--concurrency=6")
+    read = report(bench, tmp_path / "a.json", *dataset, *options)
     assert read["results"][0]["logits"] == str(tmp_path / "a.npy")
     stats = []
     for step in range(STEPS):
         documents = [(step * 6 + row) % 10 for row in range(6)]
         for layer in (0, 1, 2, 0):
             rows = logits[layer, documents, step % 5].contiguous()
-            stats.append(route(rows, SPEC, XShareConfig(budget=13, warmup=2)).stats)
+            stats.append(route(rows, SPEC, config).stats)
     row = by_rows(read)[6]
     assert row["active_experts_own"] == pytest.approx(sum(s.experts_before for s in stats) / len(stats))
     assert row["active_experts_xshare"] == pytest.approx(sum(s.experts_after for s in stats) / len(stats))
@@ -146,6 +160,9 @@ def test_dataset_is_routed_as_the_package_routes_it(bench: Path, tmp_path: Path)
         (["--concurrency", "2000"], "not '2000'"),
         (["--backend", "gpu"], "--backend must be cpu or tensorrt, not 'gpu'"),
         (["--model", "gpt-2"], "--model 'gpt-2' is not known; known are xshare-moe-14m, "),
+        (["--coverage", "1.5"], "--coverage must be a number from 0 to 1, not '1.5'"),
+        (["--coverage", "much"], "--coverage must be a number from 0 to 1, not 'much'"),
+        (["--coverage=0"], "--coverage 0 needs a --budget"),
         (["--budget", "7"], "budget must be at least top_k=8, not 7"),
         (["--warmup_experts", "9"], "warmup must be in 0..top_k=8, not 9"),
         (["--dataset", "nowhere.npy"], "--dataset nowhere.npy: cannot be read"),
@@ -226,7 +243,7 @@ def test_trace_of_the_shipped_model(bench: Path, tmp_path: Path) -> None:
     assert write_trace.write(path, length=8, stride=4) == (4, 112, 2, 64)
     assert [each.name for each in tmp_path.iterdir()] == ["a.npy"]
     row = by_rows(report(bench, tmp_path / "a.json", "--dataset", path, "--concurrency=16"))[16]
-    assert 20 < row["active_experts_xshare"] <= 24 < row["active_experts_own"] < 64
+    assert 20 < row["active_experts_xshare"] < 0.85 * row["active_experts_own"] < 54
 
 
 def test_tensorrt(bench: Path, tmp_path: Path) -> None:

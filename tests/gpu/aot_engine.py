@@ -17,7 +17,7 @@ import torch
 from xshare_trtllm import RouterSpec, XShareConfig, route
 
 SPEC = RouterSpec(64, 4, "sigmoid_bias", routed_scaling_factor=2.5)
-CONFIG = XShareConfig(12, request_budget=8)
+CONFIG = XShareConfig(coverage=0.9, budget=12, request_budget=8)
 MAX_ROWS = 64  # on SM90 a cluster of 4 blocks
 INPUTS = (
     ("router_logits", "HALF", (-1, 64)),

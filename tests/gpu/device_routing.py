@@ -18,11 +18,12 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORINGS = ("softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias")
+UTILITIES = ("squared_weight", "affinity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_STATS = 8
 
-_PARAMS = struct.Struct("@I6if6id")  # xshare_route_params
-_TENSORS = struct.Struct("@I10P")  # xshare_route_tensors
+_PARAMS = struct.Struct("@I6if7ifd")  # xshare_route_params
+_TENSORS = struct.Struct("@I11P")  # xshare_route_tensors
 
 
 def library_path() -> Path:
@@ -59,13 +60,19 @@ class Settings:
     request_budget: int = 0
     gpu_budget: int = 0
     max_rows: int = -1
+    utility: str = "squared_weight"
+    mask_value: float = 0.0
     coverage: float = 0.0
 
     def pack(self, logits: Tensor) -> bytes:
-        top_k, scoring, groups, top_k_groups, scale, *budgets = astuple(self)
+        top_k, scoring, groups, top_k_groups, scale, *budgets, utility, mask, coverage = astuple(self)
         dtype = DTYPES.index(logits.dtype)
         shape = (*logits.shape, top_k, SCORINGS.index(scoring), groups, top_k_groups)
-        return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype, *budgets)
+        code = UTILITIES.index(utility)
+        return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype, *budgets, code, mask, coverage)
+
+    def takes_step_bias(self) -> bool:
+        return self.scoring == "sigmoid_bias" and self.num_groups == 1 and self.warmup > 0
 
 
 @dataclass
@@ -93,17 +100,20 @@ class Inputs:
 
 
 class Outputs:
-    """expert_ids, expert_weights, masked_logits, active_experts and stats, their bytes poisoned."""
+    """expert_ids, expert_weights, masked_logits, active_experts and stats, their bytes poisoned; step_bias too
+    if it is named."""
 
-    NAMES = ("expert_ids", "expert_weights", "masked_logits", "active_experts", "stats")
+    NAMES = ("expert_ids", "expert_weights", "masked_logits", "active_experts", "step_bias", "stats")
+    USUAL = tuple(name for name in NAMES if name != "step_bias")
 
-    def __init__(self, logits: Tensor, top_k: int, only: tuple[str, ...] = NAMES) -> None:
+    def __init__(self, logits: Tensor, top_k: int, only: tuple[str, ...] = USUAL) -> None:
         num_tokens, num_experts = logits.shape
         shapes = {
             "expert_ids": ((num_tokens, top_k), torch.int32),
             "expert_weights": ((num_tokens, top_k), torch.float32),
             "masked_logits": ((num_tokens, num_experts), logits.dtype),
             "active_experts": ((num_experts,), torch.uint8),
+            "step_bias": ((num_experts,), torch.float32),
             "stats": ((NUM_STATS,), torch.int64),
         }
         made = {

@@ -24,7 +24,7 @@ if not ops.available():
     pytest.skip("needs libxshare.so: pip install .", allow_module_level=True)
 
 MODELS = {
-    "gpt-oss": (RouterSpec(128, 4, "topk_softmax"), XShareConfig(24)),
+    "gpt-oss": (RouterSpec(128, 4, "topk_softmax"), XShareConfig(coverage=0.97)),
     "qwen3": (RouterSpec(128, 8, "softmax_renorm"), XShareConfig(32, warmup=2, coverage=0.9)),
     "deepseek-v3": (
         RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),

@@ -96,6 +96,41 @@ class Call:
             assert torch.equal(tensor.cpu(), right)
 
 
+@pytest.mark.parametrize("rows", (1, 16, 300))
+@pytest.mark.parametrize(
+    ("fields", "spec"),
+    [
+        (
+            {"scoring": "softmax_renorm", "output": "masked_logits"},
+            RouterSpec(EXPERTS, TOP_K, "softmax_renorm"),
+        ),
+        ({"scoring": "sigmoid_bias", "output": "step_bias"}, RouterSpec(EXPERTS, TOP_K, "sigmoid_bias")),
+    ],
+    ids=("masked_logits", "step_bias"),
+)
+def test_outputs_for_a_layer_that_routes(fields: dict[str, str], spec: RouterSpec, rows: int) -> None:
+    built = plugin_build.build()
+    probe = Probe(str(built.probe))
+    given = fields | {"num_experts": EXPERTS, "top_k": TOP_K, "coverage": 0.9, "mask_value": -1e30}
+    made = probe.create(probe.offered_creator(str(built.library)), given)
+    assert made is not None
+    logits = torch.randn(rows, EXPERTS, generator=torch.Generator().manual_seed(rows)) * 2
+    active = route(logits, spec, XShareConfig(coverage=0.9)).active_experts
+    outside = torch.full((EXPERTS,), -1e30)
+    if fields["output"] == "masked_logits":
+        wanted = torch.where(active, logits, outside)
+    else:
+        wanted = torch.where(active, torch.zeros(EXPERTS), outside)
+    output, on_device = torch.full_like(wanted, -7.0).cuda(), logits.cuda()
+    workspace = torch.empty(made.workspace(FLOAT, rows, EXPERTS), dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    addresses = [on_device.data_ptr()], [output.data_ptr()]
+    assert made.enqueue(FLOAT, rows, EXPERTS, *addresses, workspace=workspace.data_ptr(), stream=stream) == 0
+    torch.cuda.synchronize()
+    assert torch.equal(output.cpu(), wanted)
+    made.destroy()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", (0, 1, 2, 16, 33, 256, 257, 399, 2000))
 def test_enqueue(plugin: Plugin, rows: int, dtype: torch.dtype) -> None:

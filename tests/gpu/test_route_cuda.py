@@ -48,7 +48,8 @@ def budgets(settings: Settings, num_experts: int) -> list[Settings]:
         change(**base | {"budget": quarter}),
         change(**base | {"budget": quarter, "request_budget": k + 4}),
         change(**base | {"budget": 2 * quarter, "gpu_budget": max(1, num_experts // 16), "warmup": 2}),
-        change(**base | {"budget": num_experts, "coverage": 0.7}),
+        change(**base | {"coverage": 0.97}),
+        change(**base | {"coverage": 0.7, "utility": "affinity", "mask_value": -1024.0}),
         change(
             **base
             | {
@@ -70,6 +71,8 @@ def make_inputs(num_tokens: int, num_experts: int, settings: Settings, generator
         logits = logits.round()  # ties
     if num_tokens > 3 and generator.random() < 0.5:
         logits[generator.randrange(num_tokens), generator.randrange(num_experts)] = torch.nan
+    if generator.random() < 0.3:
+        logits[torch.rand(logits.shape, generator=device) < generator.choice((0.1, 0.9))] = -torch.inf
     inputs = Inputs(logits.to(generator.choice(DTYPES)))
     if settings.scoring == "sigmoid_bias" and generator.random() < 0.8:
         inputs.correction_bias = 0.1 * torch.randn(num_experts, generator=device)
@@ -85,10 +88,11 @@ def make_inputs(num_tokens: int, num_experts: int, settings: Settings, generator
 
 def on_both(settings: Settings, inputs: Inputs) -> tuple[Call, Call]:
     """The call on the host, run, and the same call on the device, not yet."""
-    host = Call(settings, inputs, Outputs(inputs.router_logits, settings.top_k))
+    names = Outputs.NAMES if settings.takes_step_bias() else Outputs.USUAL
+    host = Call(settings, inputs, Outputs(inputs.router_logits, settings.top_k, names))
     host.run_on_host()
     on_device = inputs.to("cuda")
-    return host, Call(settings, on_device, Outputs(on_device.router_logits, settings.top_k))
+    return host, Call(settings, on_device, Outputs(on_device.router_logits, settings.top_k, names))
 
 
 @pytest.mark.parametrize("num_tokens", ROWS)

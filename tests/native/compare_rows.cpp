@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "core/masking.h"
 #include "core/ordering.h"
 #include "cpu/rows.h"
 
@@ -32,19 +33,18 @@ struct Result {
     int64_t sums[kMaxExperts] = {};
     int32_t places[kMaxTopK] = {}, best_keys[kMaxTopK] = {};
     uint32_t masked[kMaxExperts] = {};
-    int found = 0;
-    bool finite = false;
+    int found = 0, finite = 0;
 };
 
 void run(const RowKernels& kernels, const xshare_route_params& p, const void* logits, const float* bias,
          Result& r) {
-    r.finite = kernels.all_finite(logits, p.logits_dtype, p.num_experts);
-    if (!r.finite) return;
+    r.finite = kernels.count_finite(logits, p.logits_dtype, p.num_experts);
+    if (r.finite <= 0) return;
     kernels.score(p, logits, bias, r.scores, r.keys);
     kernels.accumulate(r.scores.affinity, p.num_experts, r.sums);
     kernels.add(r.sums, p.num_experts, r.sums);
     r.found = kernels.top_k(r.keys, padded(p.num_experts), p.top_k, r.places, r.best_keys);
-    kernels.mask(logits, p.logits_dtype, r.keys, r.keys, p.num_experts, r.masked);
+    kernels.mask(logits, p.logits_dtype, mask_bits(p), r.keys, r.keys, p.num_experts, r.masked);
 }
 
 bool same(const xshare_route_params& p, const Result& a, const Result& b) {
@@ -80,7 +80,12 @@ int main() {
             // Halves: mostly finite patterns, so that rows are scored.
             if (p.logits_dtype != XSHARE_FLOAT32)
                 bits = static_cast<uint32_t>(generator()) & (pick(0, 999) ? 0xbbffbbffu : ~0u);
+            if (pick(0, 2 * p.num_experts) == 0)
+                bits = p.logits_dtype == XSHARE_FLOAT32    ? 0xff800000u
+                       : p.logits_dtype == XSHARE_BFLOAT16 ? 0xff80ff80u
+                                                           : 0xfc00fc00u;
         }
+        p.mask_value = pick(0, 1) ? -32768.0f : 0.0f;
         std::vector<float> bias(static_cast<size_t>(p.num_experts));
         for (float& b : bias) b = std::normal_distribution<float>()(generator);
         const float* maybe_bias = pick(0, 1) ? bias.data() : nullptr;

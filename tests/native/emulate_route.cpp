@@ -132,6 +132,10 @@ xshare_route_params random_params() {
     p.gpu_budget = one_in(3) ? between(1, one_in(2) ? 4 : p.num_experts) : 0;
     p.coverage = one_in(3) ? static_cast<double>(bits() % 1000 + 1) / 1000.0 : 0.0;
     p.max_rows = one_in(5) ? between(0, 12) : -1;
+    p.utility = between(0, 1);
+    p.mask_value = one_in(3) ? one_of({-1.0f, -65504.0f, -32768.0f}) : 0.0f;
+    if (p.logits_dtype == XSHARE_FLOAT32 && one_in(6)) p.mask_value = -std::numeric_limits<float>::max();
+    if (p.logits_dtype == XSHARE_BFLOAT16 && p.mask_value == -65504.0f) p.mask_value = -INFINITY;
     return p;
 }
 
@@ -213,7 +217,34 @@ struct Call {
                                                       : &half;
             memcpy(&logits[i * size], from, size);
         }
+        if (one_in(3)) ban_experts(rows, experts, size);
         if (rows > 0 && one_in(5)) memset(&logits[(bits() % rows) * experts * size], 0xff, size);  // a NaN
+        if (rows > 0 && one_in(9)) write_infinity((bits() % rows) * experts, size, 0);
+    }
+
+    void write_infinity(size_t at, size_t size, uint32_t sign) {
+        const uint32_t half = p.logits_dtype == XSHARE_FLOAT16 ? 0x7c00u : 0x7f80u;
+        const uint32_t infinity = size == 4 ? sign << 31 | 0x7f800000u : sign << 15 | half;
+        memcpy(&logits[at * size], &infinity, size);
+    }
+
+    // A few experts of each row, all but about k, the same ones for all rows, or whole groups.
+    void ban_experts(size_t rows, size_t experts, size_t size) {
+        const int form = between(0, 3);
+        const uint32_t spared = static_cast<uint32_t>(between(1, 2 * p.top_k));
+        const size_t group_size = experts / static_cast<size_t>(p.num_groups);
+        const uint64_t seed = generator();
+        for (size_t row = 0; row < rows; ++row) {
+            if (form != 2 && one_in(3)) continue;
+            std::mt19937_64 of_all(seed);
+            for (size_t e = 0; e < experts; ++e) {
+                const bool is_banned = form == 0   ? one_in(4)
+                                       : form == 1 ? bits() % static_cast<uint32_t>(experts) >= spared
+                                       : form == 2 ? of_all() % 3 == 0
+                                                   : (seed >> (e / group_size % 64) & 1) != 0 && !one_in(9);
+                if (is_banned) write_infinity(row * experts + e, size, 1);
+            }
+        }
     }
 };
 
@@ -239,6 +270,7 @@ struct Outputs {
     std::vector<float> weights;
     std::vector<unsigned char> masked;
     std::vector<uint8_t> active;
+    std::vector<float> bias;
     std::vector<int64_t> stats;
 
     // Poisoned, and of exact size: every element must be written.
@@ -247,17 +279,20 @@ struct Outputs {
           weights(ids.size()),
           masked(call.logits.size()),
           active(static_cast<size_t>(call.p.num_experts)),
+          bias(active.size()),
           stats(XSHARE_NUM_STATS) {
         if (!ids.empty()) memset(ids.data(), poison, ids.size() * 4);
         if (!ids.empty()) memset(weights.data(), poison, ids.size() * 4);
         if (!masked.empty()) memset(masked.data(), poison, masked.size());
         memset(active.data(), poison, active.size());
+        memset(bias.data(), poison, bias.size() * 4);
         memset(stats.data(), poison, stats.size() * 8);
     }
 };
 
 struct Wanted {
-    bool ids = true, weights = true, masked = true, active = true, stats = true, in_place = false;
+    bool ids = true, weights = true, masked = true, active = true, stats = true, bias = false,
+         in_place = false;
 };
 
 RouteArgs arguments(Call& call, Outputs& out, const Wanted& wanted) {
@@ -274,6 +309,7 @@ RouteArgs arguments(Call& call, Outputs& out, const Wanted& wanted) {
     if (wanted.weights) t.expert_weights = out.weights.data();
     if (wanted.masked) t.masked_logits = wanted.in_place ? call.logits.data() : out.masked.data();
     if (wanted.active) t.active_experts = out.active.data();
+    if (wanted.bias) t.step_bias = out.bias.data();
     if (wanted.stats) t.stats = out.stats.data();
     return args;
 }
@@ -292,13 +328,15 @@ bool same(const char* name, const std::vector<Type>& got, const std::vector<Type
 void print_call(const Call& call, const Machine& m) {
     const xshare_route_params& p = call.p;
     printf(
-        "T=%d E=%d k=%d scoring=%d dtype=%d groups=%d/%d m=%d k0=%d m_r=%d m_g=%d c=%g max_rows=%d ids=%d "
-        "exempt=%d | team=%d "
+        "T=%d E=%d k=%d scoring=%d dtype=%d groups=%d/%d m=%d k0=%d m_r=%d m_g=%d c=%g max_rows=%d "
+        "utility=%d "
+        "mask=%g ids=%d exempt=%d gpus=%d | team=%d "
         "step=%d rows=%d x %d block_rows=%d team_rows=%d max_block_rows=%d\n",
         p.num_tokens, p.num_experts, p.top_k, p.scoring, p.logits_dtype, p.top_k_groups, p.num_groups,
-        p.budget, p.warmup, p.request_budget, p.gpu_budget, p.coverage, p.max_rows,
-        !call.request_ids.empty(), !call.exempt.empty(), m.max_team_size, m.max_step_threads, m.row_threads,
-        m.max_row_blocks, m.block_rows, m.team_rows, m.max_block_rows);
+        p.budget, p.warmup, p.request_budget, p.gpu_budget, p.coverage, p.max_rows, p.utility,
+        static_cast<double>(p.mask_value), !call.request_ids.empty(), !call.exempt.empty(),
+        !call.expert_gpu.empty(), m.max_team_size, m.max_step_threads, m.row_threads, m.max_row_blocks,
+        m.block_rows, m.team_rows, m.max_block_rows);
 }
 
 bool run_case() {
@@ -306,7 +344,10 @@ bool run_case() {
     Call meant = call;
     if (one_in(4)) spoil(call, meant);
     Wanted wanted;
-    if (one_in(3)) wanted = {!one_in(3), !one_in(3), !one_in(3), !one_in(3), !one_in(2), false};
+    if (one_in(3)) wanted = {!one_in(3), !one_in(3), !one_in(3), !one_in(3), !one_in(2), false, false};
+    const bool may_have_bias =
+        call.p.scoring == XSHARE_SIGMOID_BIAS && call.p.num_groups == 1 && call.p.warmup > 0;
+    wanted.bias = may_have_bias && one_in(2);
     const Machine machine = random_machine();
     Outputs expected(call, 0x5a), got(call, 0x5a);
     for (int32_t& g : meant.expert_gpu) g = std::min(std::max(g, 0), call.p.num_experts - 1);
@@ -321,7 +362,8 @@ bool run_case() {
     if (wanted.in_place) got.masked = call.logits;
     if (same("expert_ids", got.ids, expected.ids) && same("expert_weights", got.weights, expected.weights) &&
         same("masked_logits", got.masked, expected.masked) &&
-        same("active_experts", got.active, expected.active) && same("stats", got.stats, expected.stats))
+        same("active_experts", got.active, expected.active) && same("step_bias", got.bias, expected.bias) &&
+        same("stats", got.stats, expected.stats))
         return true;
     print_call(call, machine);
     return false;

@@ -33,6 +33,8 @@ xshare_route_params sane_params() {
     p.gpu_budget = one_in(2) ? 0 : between(1, p.num_experts);
     p.max_rows = one_in(4) ? between(0, 20) : -1;
     p.coverage = one_in(2) ? 0.0 : (bits() % 1000 + 1) / 1000.0;
+    p.utility = between(0, 1);
+    p.mask_value = one_in(4) ? -1024.0f : 0.0f;
     return p;
 }
 
@@ -41,8 +43,8 @@ xshare_route_params random_params() {
     if (one_in(8)) fill_random(&p, sizeof p);
     if (one_in(8)) p.struct_size = sizeof p;
     if (one_in(3)) {
-        const int32_t value = extreme();  // into any of the 13 four-byte fields from num_tokens to max_rows
-        memcpy(reinterpret_cast<unsigned char*>(&p) + 4 + 4 * (bits() % 13), &value, sizeof value);
+        const int32_t value = extreme();  // into any of the 15 four-byte fields from num_tokens on
+        memcpy(reinterpret_cast<unsigned char*>(&p) + 4 + 4 * (bits() % 15), &value, sizeof value);
     }
     if (one_in(30)) fill_random(&p.coverage, sizeof p.coverage);
     if (one_in(50)) p.struct_size = static_cast<uint32_t>(extreme());
@@ -60,9 +62,14 @@ void tame(int32_t* values, size_t count, int32_t low, int32_t high) {
 void tame_logits(void* logits, const xshare_route_params& p) {
     if (one_in(6)) return;
     const size_t count = static_cast<size_t>(p.num_tokens) * static_cast<size_t>(p.num_experts);
+    const bool has_bans = one_in(3);
     for (size_t i = 0; i < count; ++i) {
+        const bool is_banned = has_bans && one_in(8);
         if (p.logits_dtype == XSHARE_FLOAT32)
-            static_cast<float*>(logits)[i] = static_cast<float>(between(-4000, 4000)) / 256.0f;
+            static_cast<float*>(logits)[i] =
+                is_banned ? -INFINITY : static_cast<float>(between(-4000, 4000)) / 256.0f;
+        else if (is_banned)
+            static_cast<uint16_t*>(logits)[i] = p.logits_dtype == XSHARE_BFLOAT16 ? 0xff80 : 0xfc00;
         else
             static_cast<uint16_t*>(logits)[i] &= 0xbbff;  // no infinite exponent in either half format
     }
@@ -90,7 +97,7 @@ void check_outputs(const xshare_route_params& p, const xshare_route_tensors& t) 
     if (t.stats == nullptr) return;
     if (t.stats[XSHARE_STAT_EXPERTS_AFTER] > p.num_experts) fail("more experts after than there are", p);
     if (t.stats[XSHARE_STAT_KEPT_UTILITY] > t.stats[XSHARE_STAT_TOTAL_UTILITY])
-        fail("kept more affinity than there is", p);
+        fail("kept more utility than there is", p);
 }
 
 xshare_status call(const xshare_route_params& p, bool runnable) {
@@ -103,7 +110,7 @@ xshare_status call(const xshare_route_params& p, bool runnable) {
         exempt(rows, off());
     Block gpus(experts * 4, off()), ids(rows * top_k * 4, off()), weights(rows * top_k * 4, off());
     Block masked(rows * experts * logit_size(p), off()), active(experts, off()),
-        stats(8 * XSHARE_NUM_STATS, off());
+        step_bias(experts * 4, off()), stats(8 * XSHARE_NUM_STATS, off());
     if (runnable && !crooked) {
         tame(static_cast<int32_t*>(requests.get()), rows, -1, 4);
         tame(static_cast<int32_t*>(gpus.get()), experts, 0, static_cast<int32_t>(experts) - 1);
@@ -123,6 +130,8 @@ xshare_status call(const xshare_route_params& p, bool runnable) {
     if (!one_in(4)) t.expert_weights = static_cast<float*>(weights.get());
     if (!one_in(2)) t.masked_logits = one_in(4) && t.router_logits != nullptr ? logits.get() : masked.get();
     if (!one_in(4)) t.active_experts = static_cast<uint8_t*>(active.get());
+    if (p.scoring == XSHARE_SIGMOID_BIAS ? one_in(3) : one_in(40))
+        t.step_bias = static_cast<float*>(step_bias.get());
     if (!one_in(4)) t.stats = static_cast<int64_t*>(stats.get());
 
     size_t needed = 0;

@@ -21,6 +21,7 @@ FIELDS: Fields = {
     "top_k": 4,
     "scoring": "sigmoid_bias",
     "budget": 12,
+    "coverage": 0.9,
     "request_budget": 8,
     "routed_scaling_factor": 2.5,
     "has_correction_bias": 1,
@@ -60,7 +61,7 @@ def build(library: str, engine: str) -> None:
 
 
 def _plugin() -> Any:
-    creator = trt.get_plugin_registry().get_creator("XShareRouting", "1", "xshare")
+    creator = trt.get_plugin_registry().get_creator("XShareRouting", "2", "xshare")
     encoded = ((name, *plugin_probe.encode(name, value)) for name, value in FIELDS.items())
     fields = [trt.PluginField(name, data, trt.PluginFieldType(kind)) for name, kind, data in encoded]
     return creator.create_plugin("routing", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
@@ -83,7 +84,7 @@ def _compare(context: Any, rows: int) -> None:
         "exempt": torch.arange(rows) % 7 == 5,
     }
     spec = RouterSpec(64, 4, "sigmoid_bias", routed_scaling_factor=2.5)
-    config = XShareConfig(12, request_budget=8)
+    config = XShareConfig(12, request_budget=8, coverage=0.9)
     logits = inputs.pop("router_logits")
     expected = route(logits, spec, config, **inputs)
     on_device = {name: tensor.cuda() for name, tensor in {"router_logits": logits, **inputs}.items()}

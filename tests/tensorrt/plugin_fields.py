@@ -19,6 +19,15 @@ DEEPSEEK: Fields = {
     "routed_scaling_factor": 2.5,
     "has_correction_bias": 1,
 }
+EDGE: Fields = {
+    "num_experts": 128,
+    "top_k": 8,
+    "scoring": "softmax_renorm",
+    "coverage": 0.97,
+    "output": "masked_logits",
+    "mask_value": -1e30,
+}
+STEP_BIAS: Fields = EDGE | {"scoring": "sigmoid_bias", "output": "step_bias", "has_correction_bias": 1}
 
 
 def legal() -> list[Fields]:
@@ -37,6 +46,8 @@ def legal() -> list[Fields]:
             fields |= option if stages >> bit & 1 else {}
         fields["has_request_ids"] = int("request_budget" in fields or inputs & 1)
         fields["has_expert_gpu"] = int("gpu_budget" in fields)
+        if inputs >> 1 & 1:
+            fields["utility"] = "affinity"
         fields["has_exempt"] = inputs >> 1 & 1
         fields["has_active_experts"] = inputs >> 2 & 1
         fields["has_correction_bias"] = int(scoring == "sigmoid_bias" and inputs != 0)
@@ -45,6 +56,12 @@ def legal() -> list[Fields]:
         *cases,
         GPT_OSS,
         DEEPSEEK,
+        EDGE,
+        EDGE | {"coverage": 0.0, "gpu_budget": 8, "has_expert_gpu": 1},
+        EDGE | {"scoring": "topk_softmax", "mask_value": -float("inf"), "has_exempt": 1},
+        EDGE | {"scoring": "sigmoid_bias", "has_active_experts": 1},
+        STEP_BIAS,
+        STEP_BIAS | {"has_correction_bias": 0, "mask_value": 0.0, "output": "step_bias\0"},
         {"num_experts": 1, "top_k": 1, "scoring": "softmax", "budget": 1, "warmup": 0},
         {"num_experts": 512, "top_k": 16, "scoring": "softmax", "budget": 2**31 - 1, "warmup": 16},
         GPT_OSS | {"budget": (INT64, [24]), "coverage": (FLOAT32, [0.5]), "max_rows": 0},
@@ -78,6 +95,22 @@ def illegal() -> list[tuple[Fields, str]]:
         (GPT_OSS | {"gpu_budget": 8}, "gpu_budget=8 needs expert_gpu"),
         (GPT_OSS | {"has_correction_bias": 1}, "correction_bias belongs to sigmoid_bias scoring alone"),
         (GPT_OSS | {"coverage": 1.5}, "coverage must be in 0..1"),
+        (GPT_OSS | {"utility": "squares"}, "utility must be squared_weight or affinity, not 'squares'"),
+        (GPT_OSS | {"utility": 0}, "field utility must be characters"),
+        (GPT_OSS | {"output": "logits"}, "output must be routing, masked_logits or step_bias, not 'logits'"),
+        (GPT_OSS | {"mask_value": -1.0}, "mask_value needs output masked_logits or step_bias"),
+        (GPT_OSS | {"min_coverage": 0.9}, "there is no field 'min_coverage'"),
+        (GPT_OSS | {"output": "step_bias"}, "step_bias belongs to sigmoid_bias scoring alone"),
+        (
+            EDGE | {"mask_value": 1.0},
+            "mask_value must be negative and exact in logits_dtype (0 = -inf), not 1",
+        ),
+        (EDGE | {"mask_value": nan}, "mask_value must be negative"),
+        (EDGE | {"scoring": "softmax"}, "masked_logits would change the weights of softmax scoring"),
+        (STEP_BIAS | {"output": "masked_logits"}, "output step_bias can"),
+        (STEP_BIAS | {"warmup": 0}, "step_bias needs a warmup of at least 1"),
+        (STEP_BIAS | {"num_groups": 8, "top_k_groups": 4}, "step_bias cannot express num_groups=8"),
+        (EDGE | {"coverage": 0.0}, "one of coverage, budget and gpu_budget must be set"),
         (GPT_OSS | {"coverage": -0.1}, "coverage must be in 0..1"),
         (GPT_OSS | {"coverage": nan}, "coverage must be in 0..1"),
         (GPT_OSS | {"routed_scaling_factor": inf}, "routed_scaling_factor must be finite"),
@@ -103,5 +136,8 @@ def illegal() -> list[tuple[Fields, str]]:
         one_by_one.append((GPT_OSS | {f"has_{switch}": 2}, f"field has_{switch} must be 0 or 1, not 2"))
     for needed in ("num_experts", "top_k", "scoring", "budget"):
         rest = {name: value for name, value in GPT_OSS.items() if name != needed}
-        one_by_one.append((rest, f"field {needed} is missing"))
+        missing = (
+            "one of coverage, budget and gpu_budget" if needed == "budget" else f"field {needed} is missing"
+        )
+        one_by_one.append((rest, missing))
     return one_by_one

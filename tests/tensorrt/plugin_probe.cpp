@@ -131,8 +131,8 @@ PROBE void* probe_registered_creator(char const* tensorrt_library) {
     void* const registry = reinterpret_cast<void* (*)()>(dlsym(handle, "getPluginRegistry"))();
     const int32_t version = reinterpret_cast<int32_t (*)()>(dlsym(handle, "getInferLibVersion"))();
     if (version / 10000 == 10)
-        return static_cast<abi::v10::Registry*>(registry)->getCreator("XShareRouting", "1", "xshare");
-    return static_cast<abi::v11::Registry*>(registry)->getCreator("XShareRouting", "1", "xshare");
+        return static_cast<abi::v10::Registry*>(registry)->getCreator("XShareRouting", "2", "xshare");
+    return static_cast<abi::v11::Registry*>(registry)->getCreator("XShareRouting", "2", "xshare");
 }
 
 // The creator that a library offers, without any registry.

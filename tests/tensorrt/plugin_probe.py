@@ -20,6 +20,7 @@ _NUMPY = {
     "int64": (10, np.int64),
 }
 _CHAR = 6
+_REALS = {"coverage": "float64", "routed_scaling_factor": "float32", "mask_value": "float32"}
 
 
 class _Field(ctypes.Structure):
@@ -40,7 +41,7 @@ def encode(name: str, value: Any) -> tuple[int, np.ndarray | None]:
     if isinstance(value, tuple):
         kind, dtype = _NUMPY[value[0]]
         return kind, np.array(value[1], dtype)
-    kind = {"coverage": "float64", "routed_scaling_factor": "float32"}.get(name, "int32")
+    kind = _REALS.get(name, "int32")
     return encode(name, (kind, [value]))
 
 

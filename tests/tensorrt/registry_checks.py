@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import plugin_probe
-from plugin_fields import DEEPSEEK, GPT_OSS, Fields, illegal, legal
+from plugin_fields import DEEPSEEK, EDGE, GPT_OSS, STEP_BIAS, Fields, illegal, legal
 from plugin_probe import BF16, BOOL, BUILD_PHASE, FLOAT, HALF, INT32, LINEAR, RUNTIME_PHASE, Probe
 
-NAME = ("XShareRouting", "1", "xshare")
+NAME = ("XShareRouting", "2", "xshare")
+EARLIER = ("XShareRouting", "1", "xshare")  # other fields: an engine of it must find no creator
 INPUTS = ("has_correction_bias", "has_request_ids", "has_exempt", "has_expert_gpu")
 INPUT_TYPES = dict(zip(INPUTS, (FLOAT, INT32, BOOL, INT32), strict=True))
 
@@ -33,8 +34,9 @@ def load_list_unload(library: str, probe_path: str, copy: str) -> None:
         assert _listed(registry) == 1
         creator = registry.get_creator(*NAME)
         assert (creator.name, creator.plugin_version, creator.plugin_namespace) == NAME
+        assert registry.get_creator(*EARLIER) is None
         names = [field.name for field in creator.field_names]
-        assert len(names) == len(set(names)) and set(names) >= set(DEEPSEEK | GPT_OSS), names
+        assert len(names) == len(set(names)) and set(names) >= set(DEEPSEEK | GPT_OSS | EDGE), names
         _create_in_python(trt, creator)
         registry.deregister_library(handle)
         assert _listed(registry) == 0 and len(registry.all_creators) == others
@@ -188,11 +190,26 @@ def tensors(library: str, probe_path: str, copy: str) -> None:
             assert probe.messages() == ""
             assert plugin.outputs(len(inputs) + 1, 256) is None and "promise" in probe.messages()
             plugin.destroy()
+    for fields, output in ((EDGE, (FLOAT, [7, 128])), (STEP_BIAS, (FLOAT, [128]))):
+        for active in (0, 1):
+            plugin = probe.create(creator, fields | {"has_active_experts": active})
+            assert plugin is not None
+            inputs = [FLOAT] * (2 if fields is STEP_BIAS else 1)
+            _check_formats(plugin, inputs, [output[0]] + [BOOL] * active, logits_like=fields is EDGE)
+            assert plugin.outputs(len(inputs), 128) == [output, (BOOL, [128])][: 1 + active]
+            plugin.destroy()
     _check_sizes(probe, creator)
 
 
-def _check_formats(plugin: Any, inputs: list[int], outputs: list[int]) -> None:
+def _check_formats(plugin: Any, inputs: list[int], outputs: list[int], logits_like: bool = False) -> None:
+    """`logits_like`: the first output has the type of the logits, whichever that is."""
     types, n = inputs + outputs, len(inputs)
+    for dtype in (FLOAT, HALF, BF16):
+        same = [dtype, *types[1:]]
+        same[n] = dtype if logits_like else types[n]
+        assert plugin.supports(n, same, [LINEAR] * len(types), n)
+        same[n] = HALF if same[n] != HALF else FLOAT
+        assert not plugin.supports(n, same, [LINEAR] * len(types), n)
     for position in range(len(types)):
         good = (FLOAT, HALF, BF16) if position == 0 else (types[position],)
         for dtype in range(12):
@@ -210,6 +227,11 @@ def _check_sizes(probe: Probe, creator: int) -> None:
         sizes = [plugin.workspace(dtype, n, 128) for n in rows]
         assert sizes == sorted(sizes)  # TensorRT asks once, for the most rows
         assert all(plugin.configure(1, dtype, n, 128) == 0 for n in rows), probe.messages()
+    masking = probe.create(creator, EDGE)
+    assert masking is not None
+    assert masking.configure(1, FLOAT, 8, 128) == 0
+    assert masking.configure(1, HALF, 8, 128) != 0  # it has no -1e30
+    assert "mask_value must be negative and exact in logits_dtype" in probe.messages()
     refused = (
         ((1, FLOAT, 8, 64), "must be [rows, num_experts=128]"),
         ((1, FLOAT, 8, -1), "must be [rows, num_experts=128]"),

@@ -67,6 +67,8 @@ typedef struct xshare_route_params {
     int32_t gpu_budget;           // m_g; 0 = off
     int32_t max_rows;             // stand aside above this number of real rows; negative = no limit
     int32_t utility;              // xshare_utility
+    float mask_value;             // where masked_logits and step_bias say no: negative, exact in the logits'
+                                  // type; 0 = -inf
     double coverage;              // c: 0 < c <= 1; 0 = off. Sets m_g where expert_gpu is given and m_g is off
 } xshare_route_params;
 
@@ -84,6 +86,9 @@ typedef struct xshare_route_tensors {
     float* expert_weights;         // out [T, k]
     void* masked_logits;           // out [T, E] logits_dtype; may be router_logits itself
     uint8_t* active_experts;       // out [E], 1 = in the set S
+    float* step_bias;              // out [E], correction_bias inside S, mask_value outside: a bias is one for
+                                   // all rows, so a step with a real exempt row stands aside. Only with
+                                   // XSHARE_SIGMOID_BIAS, one group and a warm-up
     int64_t* stats;                // out [XSHARE_NUM_STATS], see xshare_stat
 } xshare_route_tensors;
 
