@@ -28,10 +28,15 @@ class Piece:
 
 
 class Engine:
-    """One model with a paged cache for `sequences` sequences."""
+    """One model with a paged cache for `sequences` sequences.
 
-    def __init__(self, folder: Path, sequences: int = 4, name: str = "model.onnx") -> None:
-        self.model = onnx.load(folder / name)
+    float32  compute everything in float32, so that a comparison sees no rounding of float16
+    """
+
+    def __init__(self, folder: Path, sequences: int = 4, *, float32: bool = False) -> None:
+        self.model = onnx.load(folder / "model.onnx")
+        if float32:
+            _widen(self.model.graph)
         self.log = Log()
         self.evaluator = ReferenceEvaluator(self.model, new_ops=operators(self.log))
         self.inputs = {value.name: value.type.tensor_type for value in self.model.graph.input}
@@ -96,8 +101,9 @@ class Engine:
     def _embed(self, tokens: Array) -> Array:
         width = self._sizes("inputs_embeds")[1]
         if self.embedding is not None:
-            return self.embedding[tokens].astype(np.float16)
-        return np.random.default_rng(1).normal(size=(256, width))[tokens].astype(np.float16)
+            return self.embedding[tokens].astype(self._dtype("inputs_embeds"))
+        table = np.random.default_rng(1).normal(size=(256, width))
+        return table[tokens].astype(self._dtype("inputs_embeds"))
 
     def _masks(self, pieces: list[Piece], rows: list[Array], total: int) -> Array:
         """[T, words]: bit j says that the row sees row j of its own piece."""
@@ -126,6 +132,22 @@ class Engine:
 
     def _dtype(self, name: str) -> Any:
         return onnx.helper.tensor_dtype_to_np_dtype(self.inputs[name].elem_type)
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    """Makes float16 float32."""
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    for tensor in graph.initializer:
+        if tensor.data_type == half:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in graph.input:
+        if value.type.tensor_type.elem_type == half:
+            value.type.tensor_type.elem_type = single
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
+                attribute.i = single
 
 
 def _ancestors(piece: Piece, place: int) -> list[int]:

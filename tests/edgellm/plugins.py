@@ -50,6 +50,8 @@ def operators(log: Log) -> list[type[OpRun]]:
 
     class XShareRouting(OpRun):
         op_domain = "xshare"
+        # OpRun sets an attribute of the node as one of its own, and `output` is taken.
+        output = property(lambda self: self.onnx_node.output, lambda self, _: None)
 
         def _run(self, *inputs: Array, **_: Any) -> tuple[Array, ...]:
             return _xshare(inputs, _attributes(self.onnx_node), log)

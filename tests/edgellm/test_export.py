@@ -74,7 +74,7 @@ def test_without_limits_nothing_changes_and_both_are_the_model(
     against transformers."""
     folder = exported("shipped")
     rewrite_folder(folder, XShareConfig(budget=64), tmp_path / "llm")
-    theirs, ours = Engine(folder), Engine(tmp_path / "llm")
+    theirs, ours = (Engine(each, float32=True) for each in (folder, tmp_path / "llm"))
     model, _ = load_model()
     steps = []
     for padded in (False, True):  # packed rows, and padded ones after them: new prompts of the same texts
@@ -106,10 +106,9 @@ def expected(model: Any, texts: list[list[int]]) -> list[Any]:
 
 
 def compare(found: list[Any], right: list[Any], rows: slice) -> None:
-    """float16 against float32: where two experts are as good as equal, a row may take the other one."""
-    errors = np.concatenate([np.abs(a - b[rows]).max(1) for a, b in zip(found, right, strict=True)])
-    assert np.mean(errors < 0.05) > 0.96, np.sort(errors)[-10:]
-    assert np.median(errors) < 0.02
+    """The weights lose what bfloat16 has below the least float16, nothing else."""
+    for a, b in zip(found, right, strict=True):
+        np.testing.assert_allclose(a, b[rows], atol=2e-3)
 
 
 @pytest.mark.parametrize("padded", (False, True), ids=("packed", "padded"))
