@@ -167,7 +167,7 @@ class FlashinferTopK:
 
 
 def route_torch(logits: Tensor, bias: Tensor | None, s: Settings) -> tuple[Tensor, Tensor]:
-    """Warm-up, coverage by squared weights and refinement in PyTorch operations; nothing waits for the host."""
+    """Warm-up, coverage by squared weights and refinement in PyTorch; nothing waits for the host."""
     z = logits.float()
     affinity = torch.sigmoid(z) if s.scoring == "sigmoid_bias" else torch.softmax(z, -1)
     ranking = affinity if bias is None else affinity + bias

@@ -100,10 +100,10 @@ class Inputs:
 
 
 class Outputs:
-    """expert_ids, expert_weights, masked_logits, active_experts and stats, their bytes poisoned; step_bias too
+    """expert_ids, expert_weights, masked_logits, active_experts and stats, bytes poisoned; step_bias too
     if it is named."""
 
-    NAMES = ("expert_ids", "expert_weights", "masked_logits", "active_experts", "step_bias", "stats")
+    NAMES = ("expert_ids", "expert_weights", "masked_logits", "active_experts", "stats", "step_bias")
     USUAL = tuple(name for name in NAMES if name != "step_bias")
 
     def __init__(self, logits: Tensor, top_k: int, only: tuple[str, ...] = USUAL) -> None:

@@ -107,6 +107,13 @@ void route_emulated(RouteArgs args, const Machine& machine) {
 
 // ---- Random calls -----------------------------------------------------------------------------------------
 
+// Now and then a hair above what some of equal utilities add up to.
+double random_coverage(const xshare_route_params& p) {
+    if (one_in(2)) return static_cast<double>(bits() % 1000 + 1) / 1000.0;
+    const int whole = one_in(2) ? p.num_experts : std::max(p.num_tokens * p.top_k, 1);
+    return std::min(1.0, static_cast<double>(between(1, whole)) / whole + 1e-12);
+}
+
 xshare_route_params random_params() {
     xshare_route_params p = {};
     p.struct_size = sizeof p;
@@ -130,7 +137,7 @@ xshare_route_params random_params() {
     p.warmup = one_in(2) ? std::min(1, p.top_k) : between(p.num_groups > 1 ? 1 : 0, p.top_k);
     p.request_budget = one_in(3) ? between(1, one_in(2) ? 8 : p.num_experts + 1) : 0;
     p.gpu_budget = one_in(3) ? between(1, one_in(2) ? 4 : p.num_experts) : 0;
-    p.coverage = one_in(3) ? static_cast<double>(bits() % 1000 + 1) / 1000.0 : 0.0;
+    p.coverage = one_in(2) ? random_coverage(p) : 0.0;
     p.max_rows = one_in(5) ? between(0, 12) : -1;
     p.utility = between(0, 1);
     p.mask_value = one_in(3) ? one_of({-1.0f, -65504.0f, -32768.0f}) : 0.0f;

@@ -86,10 +86,10 @@ typedef struct xshare_route_tensors {
     float* expert_weights;         // out [T, k]
     void* masked_logits;           // out [T, E] logits_dtype; may be router_logits itself
     uint8_t* active_experts;       // out [E], 1 = in the set S
+    int64_t* stats;                // out [XSHARE_NUM_STATS], see xshare_stat
     float* step_bias;              // out [E], correction_bias inside S, mask_value outside: a bias is one for
                                    // all rows, so a step with a real exempt row stands aside. Only with
                                    // XSHARE_SIGMOID_BIAS, one group and a warm-up
-    int64_t* stats;                // out [XSHARE_NUM_STATS], see xshare_stat
 } xshare_route_tensors;
 
 // Places in `stats`. Kept and total utility are sums of round(d * 2^20), 0 where XShare stood aside.
