@@ -83,7 +83,7 @@ def moe_router(
             f"{name}: e_score_correction_bias is added to the logits before the softmax and is not constant "
             "zeros, so the logits at the plugin's input are not what it routes by"
         )
-    return MoeRouter(RouterSpec(experts, top_k, "softmax_renorm"), Limit.LOGITS)
+    return MoeRouter(_spec(name, experts, top_k, "softmax_renorm"), Limit.LOGITS)
 
 
 def _sigmoid_spec(
@@ -98,4 +98,11 @@ def _sigmoid_spec(
     if not has_bias:
         raise ValueError(f"{name}: routing_mode 1 without the input e_score_correction_bias")
     scaling = float(attributes.get("routed_scaling_factor", 1.0))
-    return RouterSpec(experts, top_k, "sigmoid_bias", routed_scaling_factor=scaling)
+    return _spec(name, experts, top_k, "sigmoid_bias", routed_scaling_factor=scaling)
+
+
+def _spec(name: str, *arguments: Any, **options: float) -> RouterSpec:
+    try:
+        return RouterSpec(*arguments, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
