@@ -16,12 +16,11 @@ from xshare_trtllm.config import UTILITIES, RouterSpec, XShareConfig
 EXPORTER = "tensorrt-edgellm-export"
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command()
 @click.option(
     "--onnx",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
     help="The folder with model.onnx that the exporter wrote: OUT/llm, or a draft model's.",
 )
 @click.option(
@@ -30,6 +29,11 @@ EXPORTER = "tensorrt-edgellm-export"
     help="A new folder for the result, weights copied. Without it the graph is replaced.",
 )
 @click.option("--undo", is_flag=True, help="Give the original graph back.")
+@click.option(
+    "--direct",
+    is_flag=True,
+    help="Run tensorrt-edgellm-build with the arguments behind `--`, XShare in its network; no --onnx.",
+)
 @click.option(
     "--config",
     "config_path",
@@ -42,13 +46,14 @@ EXPORTER = "tensorrt-edgellm-export"
 @click.option("--request-budget", type=int, help="Experts that one request proposes: its draft's rows.")
 @click.option("--max-rows", type=int, help="Steps with more rows than this are routed as the model does.")
 @click.option("--utility", type=click.Choice(UTILITIES), help="What an expert is worth to a row.")
-@click.argument("exporter_arguments", nargs=-1, type=click.UNPROCESSED)
+@click.argument("their_arguments", nargs=-1, type=click.UNPROCESSED)
 def edge(
-    folder: Path,
+    folder: Path | None,
     out: Path | None,
     undo: bool,
+    direct: bool,
     config_path: Path | None,
-    exporter_arguments: tuple[str, ...],
+    their_arguments: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Put XShare into an ONNX graph of TensorRT Edge-LLM.
@@ -57,21 +62,27 @@ def edge(
     keep their own experts. Arguments behind `--` are those of tensorrt-edgellm-export, which then runs first.
     """
     try:
-        from xshare_trtllm.edgellm.folder import rewrite_folder, undo_folder
+        if direct:
+            if folder or out or undo:
+                raise click.UsageError("--direct makes no graph: leave --onnx, --out and --undo out")
+            return _build(_config(config_path, options), their_arguments)
+        if folder is None:
+            raise click.UsageError("name the folder with the graph: --onnx OUT/llm")
+        if undo:
+            return _undo(folder, [*their_arguments, *(["--out"] if out else [])], config_path, options)
+        _rewrite(folder, _config(config_path, options), out, their_arguments)
     except ImportError as error:
         raise click.ClickException(f"{error}. It needs: pip install 'xshare-trtllm[onnx]'") from error
-    try:
-        if undo:
-            _undo(folder, [*exporter_arguments, *(["--out"] if out else [])], config_path, options)
-            for path in undo_folder(folder):
-                click.echo(f"{path}: the original graph again")
-            return
-        config = _config(config_path, options)
-        if exporter_arguments:
-            _export(exporter_arguments)
-        made = rewrite_folder(folder, config, out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _rewrite(folder: Path, config: XShareConfig, out: Path | None, arguments: tuple[str, ...]) -> None:
+    from xshare_trtllm.edgellm.folder import rewrite_folder
+
+    if arguments:
+        _export(arguments)
+    made = rewrite_folder(folder, config, out)
     for path, specs in made.items():
         click.echo(f"{path}: XShare in {len(specs)} MoE layers, {_routers(specs)}")
     click.echo("Build and run its engine with LD_PRELOAD=libnvinfer_plugin_xshare.so (docs/edge.md).")
@@ -82,6 +93,24 @@ def _undo(folder: Path, others: list[str], config_path: Path | None, options: di
     others += [*given, *(["--config"] if config_path else [])]
     if others:
         raise click.UsageError(f"--undo takes --onnx alone: leave {others[0]} out")
+    from xshare_trtllm.edgellm.folder import undo_folder
+
+    for path in undo_folder(folder):
+        click.echo(f"{path}: the original graph again")
+
+
+def _build(config: XShareConfig, arguments: tuple[str, ...]) -> None:
+    """Runs the direct builder in this process."""
+    from importlib import import_module
+
+    from xshare_trtllm.edgellm.builder import installed
+    from xshare_trtllm.edgellm.plugin import load_creator
+
+    trt: Any = import_module("tensorrt")
+    main = import_module("experimental.builder.cli").main
+    with installed(config, load_creator(trt)) as build:
+        main(list(arguments))
+    click.echo(f"XShare in {build.layers} MoE layers of the engine")
 
 
 def _config(config_path: Path | None, options: dict[str, Any]) -> XShareConfig:

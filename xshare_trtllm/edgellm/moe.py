@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xshare_trtllm.config import RouterSpec
+from xshare_trtllm.config import NO_LIMIT, RouterSpec, XShareConfig
 
 # Where each plugin has `e_score_correction_bias`; None = it has none.
 BIAS_INPUT: dict[str, int | None] = {
@@ -106,3 +106,36 @@ def _spec(name: str, *arguments: Any, **options: float) -> RouterSpec:
         return RouterSpec(*arguments, **options)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def check_config(name: str, config: XShareConfig, router: MoeRouter) -> None:
+    """Raises ValueError where one layer's configuration does not fit its router, with the node's name."""
+    try:
+        config.check(router.spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if router.limit is Limit.BIAS and config.warmup == 0:
+        raise ValueError(f"{name}: XShareConfig(warmup=0): a sigmoid router needs a warm-up of at least 1")
+
+
+def plugin_fields(router: MoeRouter, config: XShareConfig) -> dict[str, int | float | str]:
+    """The fields of the plugin XShareRouting for one layer: plugins/tensorrt/README.md."""
+    spec = router.spec
+    values: dict[str, int | float | str] = {
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "scoring": spec.scoring,
+        "routed_scaling_factor": spec.routed_scaling_factor,
+        "warmup": config.warmup,
+        "utility": config.utility,
+        "output": router.limit.value,
+        "mask_value": MASK_VALUE,
+        "has_request_ids": 1,
+        "has_exempt": 1,
+    }
+    if router.limit is Limit.BIAS:
+        values["has_correction_bias"] = 1
+    for name in ("budget", "coverage", "request_budget", "max_rows"):
+        if (value := getattr(config, name)) is not None:
+            values[name] = min(value, NO_LIMIT)
+    return values

@@ -14,12 +14,12 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from xshare_trtllm.config import NO_LIMIT, RouterSpec, XShareConfig
-from xshare_trtllm.edgellm.moe import BIAS_INPUT, MASK_VALUE, Limit, MoeRouter, moe_router
+from xshare_trtllm.config import RouterSpec, XShareConfig
+from xshare_trtllm.edgellm.moe import BIAS_INPUT, Limit, MoeRouter, check_config, moe_router, plugin_fields
+from xshare_trtllm.edgellm.plugin import NODE, OURS, PLUGIN_VERSION
 from xshare_trtllm.edgellm.rows import INPUTS, PREFIX, Rows, add_rows
 
-THEIRS, OURS, NODE = "trt_edgellm", "xshare", "XShareRouting"
-PLUGIN_VERSION = "2"
+THEIRS = "trt_edgellm"
 _FIELDS = {
     "plugin_version": str,
     "plugin_namespace": str,
@@ -64,7 +64,7 @@ def rewrite(model: onnx.ModelProto, config: XShareConfig, folder: Path) -> list[
     for number, node in enumerate(layers):
         router = _router(node, constants, folder)
         layer_config = config.for_layer(number)
-        _check_config(node, layer_config, router)
+        check_config(node.name, layer_config, router)
         made[node.name] = _routing_node(node, router, layer_config, rows)
         specs.append(router.spec)
     _insert(graph, layers, made, rows)
@@ -134,17 +134,6 @@ def _read(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
     return numpy_helper.to_array(copy)
 
 
-def _check_config(node: onnx.NodeProto, config: XShareConfig, router: MoeRouter) -> None:
-    try:
-        config.check(router.spec)
-    except ValueError as error:
-        raise ValueError(f"{node.name}: {error}") from None
-    if router.limit is Limit.BIAS and config.warmup == 0:
-        raise ValueError(
-            f"{node.name}: XShareConfig(warmup=0): a sigmoid router needs a warm-up of at least 1"
-        )
-
-
 def _routing_node(
     node: onnx.NodeProto, router: MoeRouter, config: XShareConfig, rows: Rows
 ) -> onnx.NodeProto:
@@ -155,33 +144,15 @@ def _routing_node(
     name = f"{PREFIX}{node.name}"
     output = f"{name}/{router.limit.value}"
     return helper.make_node(
-        NODE, inputs, [output], name=name, domain=OURS, **plugin_attributes(router, config)
+        NODE,
+        inputs,
+        [output],
+        name=name,
+        domain=OURS,
+        plugin_version=PLUGIN_VERSION,
+        plugin_namespace=OURS,
+        **plugin_fields(router, config),
     )
-
-
-def plugin_attributes(router: MoeRouter, config: XShareConfig) -> dict[str, Any]:
-    """The fields of the plugin XShareRouting, version 2, as attributes; `coverage` becomes a float32."""
-    spec = router.spec
-    values: dict[str, Any] = {
-        "plugin_version": PLUGIN_VERSION,
-        "plugin_namespace": OURS,
-        "num_experts": spec.num_experts,
-        "top_k": spec.top_k,
-        "scoring": spec.scoring,
-        "routed_scaling_factor": spec.routed_scaling_factor,
-        "warmup": config.warmup,
-        "utility": config.utility,
-        "has_request_ids": 1,
-        "has_exempt": 1,
-        "output": router.limit.value,
-        "mask_value": MASK_VALUE,
-    }
-    if router.limit is Limit.BIAS:
-        values["has_correction_bias"] = 1
-    for name in ("budget", "coverage", "request_budget", "max_rows"):
-        if (value := getattr(config, name)) is not None:
-            values[name] = min(value, NO_LIMIT)
-    return values
 
 
 def _bias_place(node: onnx.NodeProto) -> int:
