@@ -1,11 +1,11 @@
-"""Expert parallelism on real processes: what a budget per GPU saves the slowest rank.
+"""Expert parallelism on real processes: what a coverage, which sets the cap per GPU, saves the slowest rank.
 
     python benchmarks/expert_parallel_ranks.py [--ranks 2 --ranks 4] [--batches 7] [--steps 40]
         [--json PATH]
 
 The shipped model decodes mixed batches of 16 sequences. Each of N processes holds 1/N of every layer's
-experts and 16/N of the sequences. Three settings: own routing, a budget per GPU, and a budget for the batch
-of the same total. Every batch runs through all settings before the next, in a rotating order; a ratio is the
+experts and 16/N of the sequences. Settings: own routing, coverages, one number per GPU, and the paper's rule
+with that number. Every batch runs through all settings before the next, in a rotating order; a ratio is the
 median over batches of setting over own routing in the same batch.
 
 Slowest rank's expert time: in each MoE layer and step the largest processor time that any rank's experts
@@ -42,16 +42,17 @@ from xshare_trtllm.hf.expert_parallel import expert_parallel
 from xshare_trtllm.report import console, machine, write_json
 
 BATCH, PROMPT = 16, 32
-EXPERTS, TOTAL_BUDGET, WARMUP = 64, 32, 2
+EXPERTS, HALF = 64, 32
+COVERAGES = (0.97, 0.90)
 RESULTS = Path(__file__).resolve().parent / "results" / "expert_parallel_ranks.json"
 
 
 def settings(ranks: int) -> dict[str, XShareConfig]:
-    per_gpu = TOTAL_BUDGET // ranks
-    return {
-        "own routing": XShareConfig(EXPERTS),
-        f"{per_gpu} per GPU": XShareConfig(TOTAL_BUDGET, warmup=WARMUP, gpu_budget=per_gpu),
-        f"{TOTAL_BUDGET} in the batch": XShareConfig(TOTAL_BUDGET, warmup=WARMUP),
+    per_gpu = HALF // ranks
+    coverages = {f"coverage {c:.2f}": XShareConfig(coverage=c) for c in COVERAGES}
+    return {"own routing": XShareConfig(EXPERTS), **coverages} | {
+        f"{per_gpu} per GPU": XShareConfig(gpu_budget=per_gpu),
+        f"the paper's rule, {per_gpu} per GPU": XShareConfig(gpu_budget=per_gpu, utility="affinity"),
     }
 
 

@@ -25,15 +25,20 @@ from xshare_trtllm.report import console, machine, write_json
 GPUS = ("SM80", "SM86", "SM89", "SM120")
 MAX_ROWS = 256
 CASES = {
-    "Mixtral 8, top 2": (RouterSpec(8, 2, "softmax_renorm"), XShareConfig(4), GraphInputs()),
+    "Mixtral 8, top 2": (RouterSpec(8, 2, "softmax_renorm"), XShareConfig(coverage=0.97), GraphInputs()),
     "gpt-oss-120b 128, top 4": (
         RouterSpec(128, 4, "topk_softmax"),
-        XShareConfig(24, max_rows=48),
+        XShareConfig(coverage=0.97, max_rows=48),
         GraphInputs(request_ids=True, exempt=True),
+    ),
+    "DeepSeek-V3 256, top 8, cap by coverage": (
+        RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
+        XShareConfig(coverage=0.97, max_rows=128),
+        GraphInputs(correction_bias=True, request_ids=True, exempt=True, expert_gpu=True),
     ),
     "DeepSeek-V3 256, top 8, all stages": (
         RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
-        XShareConfig(64, request_budget=16, gpu_budget=10, max_rows=128),
+        XShareConfig(64, request_budget=16, gpu_budget=10, coverage=0.97, max_rows=128),
         GraphInputs(correction_bias=True, request_ids=True, exempt=True, expert_gpu=True),
     ),
 }

@@ -3,7 +3,9 @@
     python benchmarks/predict_validation.py [--json PATH]
 
 Fits the one number of the model that is fitted (`Assumptions.layer_overhead`) to the public step times of
-plain routing, and predicts the public gains, which it has not seen. Where results/moe_layer_gpu.json exists
+plain routing, and predicts the public gains, which it has not seen. The routers behind it are compared with
+the active experts of the real gpt-oss-20b, and with traces of the shipped model that they were not fitted to.
+Where results/moe_layer_gpu.json exists
 (made on a GPU by moe_layer_gpu.py), its MoE-layer times are compared as well.
 """
 
@@ -17,9 +19,12 @@ from typing import Any
 import click
 from rich.table import Table
 
+from xshare_trtllm import RouterSpec, XShareConfig
+from xshare_trtllm.evaluation.traces import SyntheticRouters, fit, record_shipped, statistics
 from xshare_trtllm.planning.cost import (
     GPUS,
     Assumptions,
+    Loads,
     Predictor,
     expert_time,
     fit_layer_overhead,
@@ -31,6 +36,10 @@ from xshare_trtllm.report import console, machine, write_json
 RESULTS = Path(__file__).parent / "results"
 MOE_LAYER = RESULTS / "moe_layer_gpu.json"
 PAPER_BATCH, PAPER_GAIN = 16, 0.13  # gpt-oss-120b with 30 % fewer experts, arXiv 2602.07265
+# Active experts of gpt-oss-20b in mixed batches: 494 requests of the public repository
+# AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
+REAL_EXPERTS = {4: 11.98, 8: 17.90, 16: 23.07, 32: 26.66}
+LENGTH = 256  # tokens of a document
 
 
 def public_rows() -> list[dict[str, float]]:
@@ -56,10 +65,36 @@ def paper_rows() -> list[dict[str, Any]]:
     rows = []
     for gpu in GPUS.values():
         predictor = Predictor(shape("gpt-oss-120b"), gpu)
-        budget = predictor.default_budget(PAPER_BATCH)
-        predicted = predictor.at(PAPER_BATCH, budget).gain
+        own = predictor.loads.at(PAPER_BATCH, XShareConfig.off(predictor.shape.router)).experts
+        budget = round(0.7 * own)
+        predicted = predictor.at(PAPER_BATCH, XShareConfig(budget)).gain
         rows.append({"gpu": gpu.name, "budget": budget, "gain": PAPER_GAIN, "gain_predicted": predicted})
     return rows
+
+
+def real_router_rows() -> list[dict[str, Any]]:
+    """Active experts of the real gpt-oss-20b, and predicted."""
+    loads = Loads(shape("gpt-oss-20b").router)
+    rows = []
+    for batch, real in REAL_EXPERTS.items():
+        predicted = loads.at(batch, XShareConfig.off(loads.spec)).experts
+        rows.append({"batch": batch, "experts": real, "experts_predicted": predicted})
+    return rows
+
+
+def shipped_fit(seeds: int = 4) -> dict[str, Any]:
+    """Statistics of every second document's traces, and of routers fitted to the other documents."""
+    logits = record_shipped()
+    spec = RouterSpec(logits.shape[-1], 8, "softmax_renorm")
+    half, documents = fit(logits[:, ::2]), logits.shape[1] // 2
+    routers = [SyntheticRouters(half, spec, seed) for seed in range(seeds)]
+    drawn = [statistics(router.logits(documents, LENGTH), spec.top_k) for router in routers]
+    traces = statistics(logits[:, 1::2], spec.top_k)
+    fitted = {
+        name: {key: mean(one[name][key] for one in drawn) for key in values}
+        for name, values in traces.items()
+    }
+    return {"held_out_traces": traces, "fitted_routers": fitted}
 
 
 def moe_layer_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,7 +131,7 @@ def main(json_path: Path | None) -> None:
     """Compare the cost model with measurements."""
     out = console()
     fitted = fit_layer_overhead()
-    public, paper = public_rows(), paper_rows()
+    public, paper, real = public_rows(), paper_rows(), real_router_rows()
     errors = [abs(row["gain_predicted"] - row["gain"]) for row in public]
     steps = [abs(row["own_ms_predicted"] / row["own_ms"] - 1) for row in public]
     out.print(
@@ -109,6 +144,11 @@ def main(json_path: Path | None) -> None:
         f"gain: {100 * mean(errors):.1f} points on average, {100 * max(errors):.1f} at worst"
     )
     out.print(_table("gpt-oss-120b, batch 16, 30 % fewer experts: the paper's gain and predictions", paper))
+    worst = max(abs(row["experts_predicted"] / row["experts"] - 1) for row in real)
+    out.print(_table(f"gpt-oss-20b, active experts of 32: real and predicted, {worst:.1%} at worst", real))
+    shipped = shipped_fit()
+    for name, values in shipped.items():
+        out.print(f"shipped model, {name.replace('_', ' ')}: {json.dumps(values)}")
     report: dict[str, Any] = {
         "command": "python benchmarks/predict_validation.py --json PATH",
         "machine": machine(),
@@ -117,6 +157,8 @@ def main(json_path: Path | None) -> None:
         "gain_error": {"mean": mean(errors), "worst": max(errors)},
         "own_step_error": {"mean": mean(steps), "worst": max(steps)},
         "paper": paper,
+        "real_router": real,
+        "shipped_model": shipped,
     }
     if MOE_LAYER.exists():
         rows = moe_layer_rows(json.loads(MOE_LAYER.read_text(encoding="utf-8")))

@@ -2,10 +2,10 @@
 
     python benchmarks/route_sass.py [--plugins FOLDER]
 
-Needs nvcc (CUDACXX, PATH or /usr/local/cuda) and nvdisasm (PATH, or the one in the package triton), no GPU.
-`library` is the kernel of libxshare_cuda.so, which takes every setting of up to 32 V experts; `constant` is the
-same source with one shape and a coverage as constants, as an engine's ahead-of-time plugin has it. `--plugins`
-measures another version's sources.
+Needs no GPU, but nvcc (CUDACXX, PATH or /usr/local/cuda) and nvdisasm (PATH, /usr/local/cuda or the package
+triton). `library` is the kernel of libxshare_cuda.so, which takes every setting of up to 32 V experts;
+`constant` is the same source with one shape and a coverage as constants, as an ahead-of-time plugin has it.
+`--plugins` measures another version's sources.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def macros(experts: int, top_k: int, scoring: int, groups: int, top_k_groups: in
         "GPU_BUDGET": 0,
         "MAX_ROWS": -1,
         "COVERAGE": 0.97,
-        "MIN_COVERAGE": 0.97,  # its name in version 0.1's first sources
+        "MIN_COVERAGE": 0.97,  # its earlier name
         "UTILITY": 0,
         "THREADS": 512,
         "BLOCKS": 1,

@@ -1,6 +1,6 @@
-"""Does the shipped model's router specialise, and is the model better than a trivial one?
+"""Does a model's router specialise, and is the model better than a trivial one?
 
-    python benchmarks/specialisation.py [--json PATH]
+    python benchmarks/specialisation.py [--model FOLDER] [--json PATH]
 
 Per layer: the distinct experts that 16 rows of one domain pick in a decode step, those of 16 rows of mixed
 domains, and the law of uniformly random choice, E * (1 - (1 - k/E)^16). And bits per byte of the held-out
@@ -19,7 +19,14 @@ import torch
 from rich.table import Table
 
 from xshare_trtllm import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation import held_out, load_model, teacher_forced, token_batches, token_bytes
+from xshare_trtllm.evaluation import (
+    MODEL_DIR,
+    held_out,
+    load_model,
+    teacher_forced,
+    token_batches,
+    token_bytes,
+)
 from xshare_trtllm.hf import attach
 from xshare_trtllm.report import console, machine, write_json
 
@@ -28,12 +35,19 @@ LENGTH, BATCH = 400, 16
 
 @click.command()
 @click.option(
+    "--model",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=MODEL_DIR,
+    help="model folder; default: the shipped one",
+)
+@click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="where to write the numbers"
 )
-def main(json_path: Path | None) -> None:
-    """Measure the specialisation and the compression of the shipped model."""
+def main(folder: Path, json_path: Path | None) -> None:
+    """Measure the specialisation and the compression of a model."""
     out = console()
-    model, tokenizer = load_model()
+    model, tokenizer = load_model(folder)
     spec = RouterSpec.from_hf_config(model.config)
     sizes = token_bytes(tokenizer)
     documents = held_out()
@@ -78,6 +92,7 @@ def main(json_path: Path | None) -> None:
         out.print(f"  {domain:8} {domain_bits:.3f} bits per byte, accuracy {domain_accuracy:.1%}")
     if json_path:
         report = {
+            "model": folder.name,
             "machine": machine(),
             "rows": BATCH,
             "layers": layers,

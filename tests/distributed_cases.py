@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xshare_trtllm import RouterSpec, Routing, XShareConfig
-from xshare_trtllm.config import SCORINGS
+from xshare_trtllm.config import SCORINGS, UTILITIES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("normal", "ties", "zeros", "huge", "wide", "low")
@@ -61,18 +61,24 @@ def draw(seed: int, world: int) -> Case:
         rows = [0] * world
     spec, total = draw_spec(rng), sum(rows)
     experts = spec.num_experts
+    coverage = rng.choice((None, rng.uniform(0.05, 1.0), 0.5, 0.97))
+    budget = rng.randint(spec.top_k, experts + 1)
     config = XShareConfig(
-        budget=rng.randint(spec.top_k, experts + 1),
+        budget=budget if coverage is None else rng.choice((None, budget)),
         warmup=rng.randint(1 if spec.num_groups > 1 else 0, spec.top_k),
         request_budget=rng.choice((None, rng.randint(1, experts + 1))),
         gpu_budget=rng.choice((None, rng.randint(1, max(1, experts // 4)))),
-        coverage=rng.choice((None, rng.uniform(0.05, 1.0), 0.5)),
+        coverage=coverage,
         max_rows=rng.choice((None, None, rng.randint(1, 5 * world))),
+        utility=rng.choice(UTILITIES),
     )
     logits = draw_logits(rng, generator, total, experts).to(rng.choice(DTYPES))
     for _ in range(rng.choice((0, 0, 1, 2)) if total else 0):
         row, expert = rng.randrange(total), rng.randrange(experts)
         logits[row, expert] = rng.choice((torch.nan, torch.inf, -torch.inf))
+    if rng.random() < 0.3:
+        banned = torch.rand(logits.shape, generator=generator) < rng.choice((0.1, 0.5, 0.9))
+        logits.masked_fill_(banned, -torch.inf)
     case = Case(logits, spec, config, rows, None, None)
     if config.request_budget is not None or rng.random() < 0.5:
         dtype = rng.choice((torch.int32, torch.int64))

@@ -37,15 +37,17 @@ def test_positional_construction():
         "top_k_groups": 4,
         "routed_scaling_factor": 2.5,
     }
-    assert XShareConfig(24, 2, 12, 6, 0.9, 48).model_dump() == {
+    assert XShareConfig(24, 2, 12, 6, 0.9, 48, "affinity").model_dump() == {
         "budget": 24,
         "warmup": 2,
         "request_budget": 12,
         "gpu_budget": 6,
         "coverage": 0.9,
         "max_rows": 48,
+        "utility": "affinity",
     }
-    assert XShareConfig(24).warmup == 1
+    by_coverage = XShareConfig(coverage=0.97)
+    assert (by_coverage.budget, by_coverage.warmup, by_coverage.utility) == (None, 1, "squared_weight")
     assert hash(SPEC) == hash(RouterSpec(128, 4, "topk_softmax"))
 
 
@@ -102,6 +104,11 @@ def test_router_refusals(arguments, message):
 
 BUDGET = "budget must be a positive integer, or one positive integer per layer"
 
+NOTHING = (
+    "XShareConfig: nothing is limited; set coverage (0.97 = keep 97 % of what rows ask for), "
+    "budget or gpu_budget"
+)
+
 
 @pytest.mark.parametrize(
     "arguments, message",
@@ -128,6 +135,16 @@ BUDGET = "budget must be a positive integer, or one positive integer per layer"
             {"budget": 8, "coverage": 1.01},
             "XShareConfig(coverage=1.01): coverage must be less than or equal to 1",
         ),
+        (
+            {"coverage": float("nan")},
+            "XShareConfig(coverage=nan): coverage must be less than or equal to 1",
+        ),
+        (
+            {"coverage": 0.97, "utility": "frequency"},
+            "XShareConfig(utility='frequency'): utility must be 'squared_weight' or 'affinity'",
+        ),
+        ({}, NOTHING),
+        ({"warmup": 2, "request_budget": 8, "max_rows": 48}, NOTHING),
         (
             {"budget": 8, "max_rows": 0},
             "XShareConfig(max_rows=0): max_rows must be greater than or equal to 1",
@@ -159,14 +176,24 @@ def test_check_against_a_router(config, spec, message):
 def test_check_accepts_the_limits():
     XShareConfig(4, warmup=0).check(SPEC)
     XShareConfig((4, 200), warmup=4).check(SPEC)
+    XShareConfig(coverage=1.0).check(GROUPED)
+    XShareConfig(gpu_budget=1).check(GROUPED)
 
 
 def test_for_layer():
     config = XShareConfig([8, 16], warmup=2, max_rows=32)
     assert config.for_layer(1) == XShareConfig(16, warmup=2, max_rows=32)
     assert XShareConfig(24).for_layer(93) == XShareConfig(24)
+    assert XShareConfig(coverage=0.9).for_layer(93) == XShareConfig(coverage=0.9)
     assert refusal(config.for_layer, 2) == "XShareConfig.for_layer(2): budget names 2 layers, the last is 1"
     assert refusal(config.for_layer, -1) == "XShareConfig.for_layer(-1): layers count from 0"
+
+
+def test_the_budget_of_a_layer():
+    assert XShareConfig(24).layer_budget == 24
+    assert XShareConfig(2**40).layer_budget == XShareConfig(coverage=0.9).layer_budget == 2**31 - 1
+    with pytest.raises(ValueError, match=r"a layer needs its own configuration, config.for_layer\(i\)"):
+        _ = XShareConfig([8, 16]).layer_budget
 
 
 def test_off():
@@ -175,12 +202,16 @@ def test_off():
     assert not XShareConfig([128, 127]).is_off(SPEC)
     for limit in ({"request_budget": 8}, {"gpu_budget": 8}, {"coverage": 1.0}):
         assert not XShareConfig(128, **limit).is_off(SPEC)
+    assert not XShareConfig(coverage=1.0).is_off(SPEC)
+    assert not XShareConfig(gpu_budget=128).is_off(SPEC)
 
 
 CONFIGS = [
     XShareConfig(24),
     XShareConfig([8, 12], warmup=0),
-    XShareConfig(24, 2, 12, 6, 0.9, 48),
+    XShareConfig(24, 2, 12, 6, 0.9, 48, "affinity"),
+    XShareConfig(coverage=0.97),
+    XShareConfig(gpu_budget=4),
 ]
 
 
@@ -195,15 +226,19 @@ def test_round_trips(config, tmp_path):
 
 
 def test_dict_holds_plain_values_only():
-    assert XShareConfig((8, 12)).to_dict() == {"budget": [8, 12], "warmup": 1}
+    budgets = XShareConfig((8, 12)).to_dict()
+    assert budgets == {"budget": [8, 12], "warmup": 1, "utility": "squared_weight"}
 
 
 def test_from_dict_refusals():
-    known = "budget, warmup, request_budget, gpu_budget, coverage, max_rows"
+    known = "budget, warmup, request_budget, gpu_budget, coverage, max_rows, utility"
     assert refusal(XShareConfig.from_dict, {"bugdet": 24}) == (
         f"XShareConfig: unknown key 'bugdet'; known are {known}"
     )
-    assert refusal(XShareConfig.from_dict, {"warmup": 1}) == "XShareConfig: budget is missing"
+    assert refusal(XShareConfig.from_yaml, "budget: 24\nmin_coverage: 0.9") == (
+        f"XShareConfig: unknown key 'min_coverage'; known are {known}"
+    )
+    assert refusal(XShareConfig.from_dict, {"warmup": 1}) == NOTHING
     assert refusal(XShareConfig.from_yaml, "24") == "XShareConfig: expected keys and values, got int"
     assert refusal(XShareConfig.from_yaml, "budget: [").startswith("XShareConfig: not valid YAML: ")
     assert refusal(XShareConfig.from_yaml, "budget: many").startswith("XShareConfig(budget='many'): ")

@@ -29,7 +29,9 @@ SPEC, CONFIG = RouterSpec(16, 2, "softmax"), XShareConfig(6)
 def compare_with_one_rank(rank: int, world: int, folder: str) -> dict[str, int]:
     """Counts what the cases exercised."""
     group = join_group(rank, world, folder)
-    seen = dict.fromkeys(("no rows here", "no rows", "stood aside", "overflow", "gpu budget binds"), 0)
+    seen = dict.fromkeys(
+        ("no rows here", "no rows", "stood aside", "overflow", "gpu budget binds", "cap by coverage"), 0
+    )
     for seed in range(SEED, SEED + CASES):
         case = draw(seed, world)
         expected = single_rank_route(case.logits, case.spec, case.config, **case.batch())
@@ -42,6 +44,8 @@ def compare_with_one_rank(rank: int, world: int, folder: str) -> dict[str, int]:
         seen["stood aside"] += stats.stood_aside
         seen["overflow"] += stats.warmup_overflow > 0
         seen["gpu budget binds"] += stats.peak_gpu_after == (case.config.gpu_budget or 0)
+        by_coverage = case.config.coverage and not case.config.gpu_budget and "expert_gpu" in case.shared
+        seen["cap by coverage"] += bool(by_coverage) and stats.peak_gpu_after < stats.peak_gpu_before
     dist.destroy_process_group()
     return seen
 

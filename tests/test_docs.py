@@ -515,35 +515,41 @@ def tables(page: str) -> list[list[list[str]]]:
 
 
 def test_the_step_by_hand_is_what_route_computes() -> None:
-    given, result = tables("docs/how_it_works.md")
-    *rows, sums = given[1:]
+    given, worth, result = tables("docs/how_it_works.md")
+    rows = given[1:]
     affinity = torch.tensor([[float(cell) for cell in row[1:-1]] for row in rows])
-    assert affinity.sum(0).tolist() == [float(cell) for cell in sums[1:-1]]
     assert (affinity.sum(1) == 100).all()
     spec, logits = RouterSpec(8, 2, "softmax_renorm"), (affinity / 100).log()
 
     own = route(logits, spec, XShareConfig.off(spec))
     assert [", ".join(map(str, ids)) for ids in own.expert_ids.tolist()] == [row[-1] for row in rows]
+    squares = torch.zeros(4, 8).scatter_(1, own.expert_ids.long(), own.expert_weights**2)
+    sums = squares.sum(0)
+    for row, right in zip(worth[1:], [*squares, sums], strict=True):
+        assert [float(cell) for cell in row[1:]] == (1000 * right).round().tolist()
 
-    shared = route(logits, spec, XShareConfig(3, warmup=1))
-    text = (ROOT / "docs/how_it_works.md").read_text()
+    shared = route(logits, spec, XShareConfig(coverage=0.7, warmup=1))
+    text = (ROOT / "docs/how_it_works.md").read_text().replace(" %", "%")
+
+    def says_what_is_kept(experts: list[int]) -> bool:
+        points = (1000 * sums).round()
+        kept, total = points[experts].sum(), points.sum()
+        share = f"It keeps {kept:.0f} of {total:.0f}, {sums[experts].sum() / sums.sum():.1%}"
+        return f"The set is {', '.join(map(str, experts))}. {share}" in text
+
     warm = sorted(set(own.expert_ids[:, 0].tolist()))
     active = shared.active_experts.nonzero().flatten().tolist()
-    assert f"The set is {', '.join(map(str, warm))}." in text
-    assert f"The set is {', '.join(map(str, active))}." in text
     [added] = set(active) - set(warm)
-    assert f"the largest sum: {added}, with {affinity.sum(0)[added]:.0f}." in text
+    assert says_what_is_kept(warm) and says_what_is_kept(active)
+    assert f"largest sum joins: {added}, with {1000 * sums[added]:.0f}." in text
     before, after = shared.stats.experts_before, shared.stats.experts_after
     assert f"reads {before} experts" in text and f"{after} experts are read instead of {before}" in text
-    kept = affinity.sum(0)[active].sum()
-    assert (
-        f"keeps {kept:.0f} of {affinity.sum():.0f} points of affinity, {shared.stats.kept_utility:.1%}"
-        in (text.replace(" %", "%"))
-    )
     for row, ids, weights in zip(
         result[1:], shared.expert_ids.tolist(), shared.expert_weights.tolist(), strict=True
     ):
         assert row[1:] == [", ".join(map(str, ids)), ", ".join(f"{weight:.3f}" for weight in weights)]
+    paper = route(logits, spec, XShareConfig(3, utility="affinity")).active_experts.nonzero().flatten()
+    assert f"would have taken {sorted(set(paper.tolist()) - set(warm))[0]}, which nobody" in text
 
 
 def results(name: str) -> Any:

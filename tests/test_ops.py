@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xshare_trtllm import ops, reference
-from xshare_trtllm.config import SCORINGS, RouterSpec, XShareConfig
+from xshare_trtllm.config import SCORINGS, UTILITIES, RouterSpec, XShareConfig
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason="libxshare.so is not built: pip install -e .")
 
@@ -74,13 +74,16 @@ def calls(draw: st.DrawFn) -> Call:
     def maybe(values: st.SearchStrategy[Any]) -> Any:
         return draw(st.none() | values)
 
+    coverage = maybe(st.floats(0.01, 1.0) | st.sampled_from((0.9, 0.97)))
+    budget = st.integers(top_k, num_experts + 1)
     config = XShareConfig(
-        budget=draw(st.integers(top_k, num_experts + 1)),
+        budget=draw(budget) if coverage is None else maybe(budget),
         warmup=draw(st.integers(1 if num_groups > 1 else 0, top_k)),
         request_budget=maybe(st.integers(1, num_experts + 1)),
         gpu_budget=maybe(st.integers(1, num_experts)),
-        coverage=maybe(st.floats(0.01, 1.0)),
+        coverage=coverage,
         max_rows=maybe(st.integers(1, 40)),
+        utility=draw(st.sampled_from(UTILITIES)),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     kind = draw(st.sampled_from(("normal", "ties", "zeros", "huge", "wide", "close", "low")))
@@ -89,6 +92,9 @@ def calls(draw: st.DrawFn) -> Call:
         logits[draw(st.integers(0, num_tokens - 1)), draw(st.integers(0, num_experts - 1))] = draw(
             st.sampled_from((torch.nan, torch.inf, -torch.inf))
         )
+    if draw(st.booleans()):
+        banned = torch.rand(logits.shape, generator=generator) < draw(st.sampled_from((0.1, 0.5, 0.9)))
+        logits = logits.masked_fill(banned, -torch.inf)
 
     extras: dict[str, torch.Tensor] = {}
     if scoring == "sigmoid_bias" and draw(st.booleans()):
@@ -144,6 +150,8 @@ def test_equals_reference_at_model_shapes(model: str, dtype: torch.dtype) -> Non
         XShareConfig(spec.num_experts // 4, request_budget=12),
         XShareConfig(spec.num_experts // 2, warmup=2, gpu_budget=spec.num_experts // 16),
         XShareConfig(spec.num_experts, warmup=1, request_budget=20, gpu_budget=12, coverage=0.6),
+        XShareConfig(coverage=0.97),
+        XShareConfig(coverage=0.9, utility="affinity"),
     ):
         assert_matches_reference((logits, spec, config, extras))
 
@@ -162,7 +170,7 @@ def test_every_half_precision_value(dtype: torch.dtype) -> None:
     logits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 64)
     for scoring in ("softmax", "sigmoid_bias"):
         spec = RouterSpec(64, 8, scoring)
-        for config in (XShareConfig.off(spec), XShareConfig(16)):
+        for config in (XShareConfig.off(spec), XShareConfig(16), XShareConfig(coverage=0.9)):
             assert_matches_reference((logits, spec, config, {}))
 
 
@@ -286,7 +294,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"expert_gpu": torch.full((16,), 2**32)}, r"expert_gpu\[0\]=2147483647 must be"),
     ({"config": XShareConfig(3)}, r"XShareConfig\(budget=3\): budget must be at least top_k=4"),
     ({"config": XShareConfig(8, warmup=5)}, r"XShareConfig\(warmup=5\): warmup must be at most top_k=4"),
-    ({"config": XShareConfig((8, 8))}, "one layer"),
+    ({"config": XShareConfig((8, 8))}, "a layer needs its own configuration"),
     ({"config": XShareConfig(8, request_budget=4)}, "request_budget=4 needs request_ids"),
     ({"config": XShareConfig(8, gpu_budget=4)}, "gpu_budget=4 needs expert_gpu"),
     (

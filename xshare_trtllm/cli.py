@@ -12,14 +12,15 @@ import click
 
 from xshare_trtllm import __version__
 from xshare_trtllm.config import SCORINGS, RouterSpec, XShareConfig
+from xshare_trtllm.options import xshare_options
 
 _HF_CONFIG = "config.json of a Hugging Face model, instead of the numbers of the router."
-_CONFIG = "YAML file with the budget and its options, instead of those below."
 
 
 # Commands with a home of their own, imported when asked for: `name: (module, attribute)`.
 _ELSEWHERE: dict[str, tuple[str, str]] = {
     "build": ("engines.command", "build"),
+    "calibrate": ("evaluation.command", "calibrate"),
     "doctor": ("doctor", "doctor"),
     "edge": ("edgellm.command", "edge"),
     "predict": ("planning.predict", "predict"),
@@ -86,32 +87,28 @@ def demo(json_path: Path) -> None:
 @click.option("--num-groups", type=int, default=1, show_default=True, help="Expert groups of the router.")
 @click.option("--top-k-groups", type=int, default=1, show_default=True, help="Groups that a token may use.")
 @click.option("--scaling", type=float, default=1.0, show_default=True, help="Multiplies every expert weight.")
-@click.option(
-    "--config", "config_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=_CONFIG
-)
+@xshare_options
 @click.option("--layer", type=int, default=0, show_default=True, help="Which budget of a budget per layer.")
-@click.option("--budget", type=int, help="Experts that may be active.")
-@click.option("--warmup", type=int, default=1, show_default=True, help="Experts that each token keeps.")
-@click.option("--request-budget", type=int, help="Experts that one request proposes.")
-@click.option("--gpu-budget", type=int, help="Experts that may be active on one GPU.")
-@click.option("--min-coverage", type=float, help="Share of the utility that is enough.")
-@click.option("--max-rows", type=int, help="More rows than this are routed as the model does.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the logits, or bfloat16 or float16.")
 @click.option(
     "--request-ids", is_flag=True, help="Take request ids, -1 = padding, even without --request-budget."
 )
 @click.option("--exempt", is_flag=True, help="Take a mask of rows that keep their own top-k.")
 @click.option(
+    "--expert-gpu", is_flag=True, help="Take the GPU of each expert: --coverage then limits the fullest one."
+)
+@click.option(
     "--plugin-only", is_flag=True, help="Leave the body out: TensorRT before 10.15 prefers it to the plugin."
 )
 def export(
     path: Path,
     hf_config: Path | None,
-    config_path: Path | None,
+    config: XShareConfig | None,
     layer: int,
     dtype: str,
     request_ids: bool,
     exempt: bool,
+    expert_gpu: bool,
     plugin_only: bool,
     **numbers: Any,
 ) -> None:
@@ -119,7 +116,7 @@ def export(
 
     Its one node, xshare::XShareRouting, has a body of standard operators that ONNX Runtime runs; a TensorRT
     with the plugin takes the plugin. The router is given by --experts, --top-k and --scoring or by
-    --hf-config, the budget by --budget or by --config.
+    --hf-config, what XShare may do by --coverage, --budget or --gpu-budget, or by --config.
     """
     try:
         from xshare_trtllm.graph import GraphInputs, onnx_model
@@ -127,9 +124,15 @@ def export(
         raise click.ClickException(f"{error}. The export needs: pip install 'xshare-trtllm[onnx]'") from error
     try:
         spec = _router(hf_config, numbers)
-        config = _budgets(config_path, numbers).for_layer(layer)
+        if config is None:
+            raise click.UsageError("give --coverage, --budget or --gpu-budget, or --config")
+        config = config.for_layer(layer)
         needed = GraphInputs.needed_by(spec, config, exempt=exempt)
-        inputs = replace(needed, request_ids=needed.request_ids or request_ids)
+        inputs = replace(
+            needed,
+            request_ids=needed.request_ids or request_ids,
+            expert_gpu=needed.expert_gpu or expert_gpu,
+        )
         model = onnx_model.make_model(spec, config, inputs, dtype=dtype, body=not plugin_only)
         onnx_model.save_model(path, model)
     except (ValueError, OSError) as error:
@@ -148,20 +151,3 @@ def _router(hf_config: Path | None, numbers: dict[str, Any]) -> RouterSpec:
         raise click.UsageError("give --experts, --top-k and --scoring, or --hf-config")
     groups = numbers["num_groups"], numbers["top_k_groups"]
     return RouterSpec(numbers["experts"], numbers["top_k"], numbers["scoring"], *groups, numbers["scaling"])
-
-
-def _budgets(config_path: Path | None, numbers: dict[str, Any]) -> XShareConfig:
-    if config_path is not None:
-        if numbers["budget"] is not None:
-            raise click.UsageError("--config names the budget: leave --budget out")
-        return XShareConfig.from_yaml(config_path)
-    if numbers["budget"] is None:
-        raise click.UsageError("give --budget, or --config")
-    return XShareConfig(
-        numbers["budget"],
-        numbers["warmup"],
-        numbers["request_budget"],
-        numbers["gpu_budget"],
-        numbers["coverage"],
-        numbers["max_rows"],
-    )

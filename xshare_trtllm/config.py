@@ -153,7 +153,7 @@ class XShareConfig(BaseModel):
                     of each expert is given and `gpu_budget` is not, it sets that budget
     max_rows        with more real rows than this the model's own routing is the output; None = no limit
     utility         what an expert is worth to a row: `squared_weight`, the square of its weight in the row's
-                    own top-k, or `affinity` (the paper's), the router's score of every expert
+                    own top-k as the model has it, or `affinity` (the paper's), the score of every expert
 
     At least one of `coverage`, `budget` and `gpu_budget` must be set.
     Raises ValueError, naming the argument, its value and what is right.

@@ -1,7 +1,7 @@
 """`route` where the rows of a step are spread over ranks (attention data parallelism): the same `S` on every
 rank from one all-reduce, and each rank's rows as one rank would have routed the whole batch, bit for bit.
 
-Everything that ranks exchange is an integer sum (fixed-point affinities; how many rows name an expert), so
+Everything that ranks exchange is an integer sum (fixed-point utilities; how many rows name an expert), so
 neither the order of the ranks nor the backend's way of adding can change a bit. The stages are torch
 operations without host synchronisation: with CUDA tensors and an NCCL group, `route` can be captured in a
 CUDA graph.
@@ -25,8 +25,9 @@ from xshare_trtllm import __version__
 from xshare_trtllm.config import MAX_EXPERTS, RouterSpec, XShareConfig
 from xshare_trtllm.reference.route import (
     experts_per_row,
-    real_rows,
+    readable_rows,
     refine,
+    row_utility,
     score,
     to_fixed_point,
     top_ids,
@@ -98,12 +99,14 @@ def route(
     _check_words(words, group, call, rows.gpu)
     totals = _totals(words, spec, config)
     stands_aside = _stands_aside(totals.real_rows, spec, config)
-    active = torch.where(stands_aside, totals.own, _select(totals, rows.gpu, config))
+    gpu = None if expert_gpu is None else rows.gpu
+    active = torch.where(stands_aside, totals.own, _select(totals, gpu, spec.top_k, config))
 
     chosen, valid = refine(rows.ranking, active, spec.top_k)
     weights = weigh(rows.logits, rows.affinity, chosen, valid, spec)
-    chosen = torch.where(rows.real[:, None], chosen, _lowest_ids(active, spec.top_k))
-    weights = torch.where(rows.real[:, None], weights, 0.0)
+    served = (rows.real & valid.any(dim=-1))[:, None]
+    chosen = torch.where(served, chosen, _lowest_ids(active, spec.top_k))
+    weights = torch.where(served, weights, 0.0)
 
     after = active
     if whole_batch_stats:
@@ -141,6 +144,7 @@ class _Rows(NamedTuple):
     logits: Tensor  # [T, E] fp32
     affinity: Tensor  # [T, E] fp32
     ranking: Tensor  # [T, E] fp32
+    own: Tensor  # [T, k], the model's own choice, best first
     gpu: Tensor
 
 
@@ -153,12 +157,13 @@ def _score(
     expert_gpu: Tensor | None,
 ) -> _Rows:
     """Stage 1 on this rank's rows."""
-    real = real_rows(router_logits, request_ids)
-    exempt = torch.zeros_like(real) if exempt is None else exempt & real
-    logits = torch.where(real[:, None], router_logits.float(), 0.0) + 0.0
+    readable = readable_rows(router_logits, request_ids)
+    logits = torch.where(readable[:, None], router_logits.float(), 0.0) + 0.0
     affinity, ranking = score(logits, correction_bias, spec)
+    real = readable & ((ranking > -torch.inf).sum(dim=-1) >= spec.top_k)
+    exempt = torch.zeros_like(real) if exempt is None else exempt & real
     gpu = _placement(expert_gpu, spec, router_logits.device)
-    return _Rows(real, exempt, logits, affinity, ranking, gpu)
+    return _Rows(real, exempt, logits, affinity, ranking, top_ids(ranking, spec.top_k), gpu)
 
 
 def _placement(expert_gpu: Tensor | None, spec: RouterSpec, device: torch.device) -> Tensor:
@@ -173,8 +178,9 @@ def _add_rows(
 ) -> None:
     """This rank's part of the table and of the number of real rows, in place."""
     participating = rows.real & ~rows.exempt
-    own = top_ids(rows.ranking, spec.top_k)
-    fixed = to_fixed_point(rows.affinity) * participating[:, None]
+    own = rows.own
+    fixed = to_fixed_point(row_utility(rows.logits, rows.affinity, own, spec, config))
+    fixed = fixed * participating[:, None]
     table = words[:-4].view(_TABLE)[:, : spec.num_experts]
     table[0] = fixed.sum(dim=0)
     table[1] = _named(own, rows.real, spec.num_experts)
@@ -228,28 +234,47 @@ def _stands_aside(num_real_rows: Tensor, spec: RouterSpec, config: XShareConfig)
     return (num_real_rows > config.max_rows) | config.is_off(spec)
 
 
-def _select(totals: _Totals, gpu: Tensor, config: XShareConfig) -> Tensor:
-    """Stage 4, S [E] bool, as ranks in the walk instead of a walk.
+def _select(totals: _Totals, gpu: Tensor | None, top_k: int, config: XShareConfig) -> Tensor:
+    """Stage 4, S [E] bool, as ranks in the walk instead of a walk. gpu [E], None without `expert_gpu`.
 
     Until it stops, the walk takes every expert that its GPU has room for. So whether a GPU has room depends
     only on how many of its candidates come earlier; and where the walk stops, which it does once and for all,
     depends only on the number and the utility of those that fit and come earlier.
     """
-    assert isinstance(config.budget, int)
     u, included = totals.utility, totals.free | totals.warm
     counted = totals.warm & ~totals.free
     ids = torch.arange(len(u), device=u.device)
     earlier = (u > u[:, None]) | ((u == u[:, None]) & (ids < ids[:, None]))  # [e, f]: f is walked before e
-    fits = (u > 0) & ~included
-    if config.gpu_budget is not None:
+    fits, coverage = (u > 0) & ~included, config.coverage
+    gpu_budget: int | Tensor | None = config.gpu_budget
+    if coverage is not None and gpu is not None and gpu_budget is None:
+        gpu_budget, coverage = _gpu_cap(totals, earlier, gpu, top_k, coverage), None
+    if gpu_budget is not None:
+        assert gpu is not None
         same_gpu = gpu == gpu[:, None]
-        fits = fits & ((same_gpu & (counted | (earlier & fits))).sum(dim=1) < config.gpu_budget)
+        fits = fits & ((same_gpu & (counted | (earlier & fits))).sum(dim=1) < gpu_budget)
     earlier = earlier & fits
-    added = fits & (counted.sum() + earlier.sum(dim=1) < config.budget)
-    if config.coverage is not None:
-        covered = (u * included).sum() + (u * earlier).sum(dim=1)
-        added = added & (covered.double() < config.coverage * u.sum().double())
+    added = fits & (counted.sum() + earlier.sum(dim=1) < config.layer_budget)
+    if coverage is not None:
+        added = added & ~_is_enough(included | earlier, u, top_k, coverage)
     return included | added
+
+
+def _gpu_cap(totals: _Totals, earlier: Tensor, gpu: Tensor, top_k: int, coverage: float) -> Tensor:
+    """The smallest number of each GPU's most useful experts, beyond the free ones, that is enough: every
+    number is tried, [E numbers, E], and those that are not enough are the smaller ones."""
+    useful = (totals.utility > 0) & ~totals.free
+    place = ((gpu == gpu[:, None]) & earlier & useful).sum(dim=1)
+    caps = torch.arange(len(gpu), device=gpu.device)[:, None]
+    kept = (useful & (place < caps)) | totals.free
+    at_least = (useful | totals.free).sum().clamp(max=top_k)
+    return (~_is_enough(kept, totals.utility, at_least, coverage)).sum()
+
+
+def _is_enough(sets: Tensor, utility: Tensor, at_least: int | Tensor, coverage: float) -> Tensor:
+    """Of sets [n, E] bool: [n] bool, whether they keep the coverage in so many experts or more."""
+    kept, total = (utility * sets).sum(dim=1), utility.sum()
+    return (sets.sum(dim=1) >= at_least) & (kept.double() >= coverage * total.double())
 
 
 def _lowest_ids(active: Tensor, top_k: int) -> Tensor:
@@ -263,9 +288,8 @@ def _statistics(
     totals: _Totals, gpu: Tensor, config: XShareConfig, stands_aside: Tensor, active: Tensor, after: Tensor
 ) -> Tensor:
     """[8] int64, as every backend gives them (`RoutingStats.decode`)."""
-    assert isinstance(config.budget, int)
     counted = totals.warm & ~totals.free
-    overflow = (counted.sum() - config.budget).clamp(min=0)
+    overflow = (counted.sum() - config.layer_budget).clamp(min=0)
     if config.gpu_budget is not None:
         overflow = overflow + (_per_gpu(counted, gpu) - config.gpu_budget).clamp(min=0).sum()
     shares = ~stands_aside

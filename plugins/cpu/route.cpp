@@ -154,11 +154,8 @@ class Router {
 
     void add_squared_weights(int row, const Picks& own, int64_t* sums) const {
         float weights[kMaxTopK];
-        const float sum = unnormalised_weights(row, own, weights);
-        for (int j = 0; j < own.count && sum > 0.0f; ++j) {
-            const float weight = div_rn(weights[j], sum);
-            sums[own.ids[j]] += fixed_point(mul_rn(weight, weight));
-        }
+        choice_weights(row, own, weights);
+        for (int j = 0; j < own.count; ++j) sums[own.ids[j]] += fixed_point(mul_rn(weights[j], weights[j]));
     }
 
     // Stage 3: the rows of one request after each other.
@@ -242,23 +239,20 @@ class Router {
     }
 
     void write_weights(int row, const Picks& picks, float* weights) const {
-        const float sum = unnormalised_weights(row, picks, weights);
-        const bool normalise = p_.scoring != XSHARE_SOFTMAX;
-        for (int j = 0; j < p_.top_k; ++j) {
-            float weight = j < picks.count ? weights[j] : 0.0f;
-            if (normalise && weight != 0.0f) weight = div_rn(weight, sum);
-            weights[j] = j < picks.count ? mul_rn(weight, p_.routed_scaling_factor) : 0.0f;
-        }
+        choice_weights(row, picks, weights);
+        for (int j = 0; j < p_.top_k; ++j)
+            weights[j] = j < picks.count ? mul_rn(weights[j], p_.routed_scaling_factor) : 0.0f;
     }
 
-    // Returns their sum, added up in the order of the slots.
-    float unnormalised_weights(int row, const Picks& picks, float* weights) const {
+    // The model's weights of the picks, before scaling; their sum is added up in the order of the slots.
+    void choice_weights(int row, const Picks& picks, float* weights) const {
         float sum = 0.0f;
         for (int j = 0; j < picks.count; ++j) {
             weights[j] = unnormalised_weight(row, picks, j);
             sum = add_rn(sum, weights[j]);
         }
-        return sum;
+        for (int j = 0; j < picks.count && p_.scoring != XSHARE_SOFTMAX; ++j)
+            weights[j] = weights[j] != 0.0f ? div_rn(weights[j], sum) : 0.0f;
     }
 
     float unnormalised_weight(int row, const Picks& picks, int j) const {

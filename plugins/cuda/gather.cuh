@@ -26,13 +26,13 @@ XSHARE_DEVICE void clear(Gathered<V>& gathered) {
     for (int i = device::thread(); i < kWords; i += device::num_threads()) words[i] = 0;
 }
 
-// A row's `num` best of all experts, and what they are worth to it.
+// A row's `num` best of all experts, and what they are worth to it. Returns this lane's weight.
 template <int V>
-XSHARE_DEVICE Weight choose_own(const RouteArgs& args, int index, int num, Row<V>& row) {
+XSHARE_DEVICE float choose_own(const RouteArgs& args, int index, int num, Row<V>& row) {
     row.own = take_best(row.keys, num);
-    if (num == 0) return {0.0f, 0.0f};
-    const Weight weight = weigh(args, index, row.own);
-    row.utility = static_cast<uint32_t>(fixed_point(mul_rn(weight.share, weight.share)));
+    if (num == 0) return 0.0f;
+    const float weight = weigh(args, index, row.own);
+    row.utility = static_cast<uint32_t>(fixed_point(mul_rn(weight, weight)));
     return weight;
 }
 
@@ -60,7 +60,7 @@ XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gat
     if (device::lane() == 0) device::atomic_add(&gathered.num_real_rows, 1u);
     const bool shared = row.kind == RowKind::kShared;
     const bool whole = !shared || args.needs_own_choice();
-    const Weight weight = choose_own(args, index, whole ? args.p.top_k : args.p.warmup, row);
+    const float weight = choose_own(args, index, whole ? args.p.top_k : args.p.warmup, row);
     if (whole) write_row(args, index, row.own, weight);
     if (row.own.is_here()) {
         if (whole) add_expert<V>(gathered.sets.before, row.own.id);

@@ -9,7 +9,7 @@
 namespace xshare {
 
 // That one block takes in one launch where there are no clusters; needs no workspace. More rows than this
-// keep one multiprocessor busy (about 600 to 1600 instructions each) for longer than a memset and a second
+// keep one multiprocessor busy (about 900 to 1800 instructions each) for longer than a memset and a second
 // kernel take.
 constexpr int kBlockRows = 32;
 

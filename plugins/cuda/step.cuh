@@ -4,14 +4,15 @@
 //
 // The floor. At T = 16, E = 128 the tensors are 9 KB: bytes do not matter (3 ns at 3 TB/s), a chain of
 // latencies does: the launch in a graph (about 1.5 us behind another kernel), one trip to L2 or memory for
-// the logits (0.3 to 0.6 us), three warp reductions for the softmax, one per pick of the warm-up, 4 block
-// barriers (about 20 ns each), the choice of S in one warp (about 5 rounds of 3 E / 32 comparisons and a warp
-// reduction, 70 ns each), k dependent picks (40 ns each) and the stores. An estimate of 3 us, nearly all of
-// it latency. Hence one warp per row: more rows are more warps, not more time, until the block is full. Then
-// there are more blocks (a cluster barrier is about 0.3 us), with half as many rows each: at about 600
-// (E = 128, k = 4) to 1600 (E = 384, k = 8) instructions per row, estimated from the machine code, 16 warps
-// keep the four schedulers of a multiprocessor busy for 2400 to 6400 cycles, and 8 for half of it. Requests
-// cost a barrier and, in one warp each, the sum of their rows and a choice of their own: 0.5 to 1 us.
+// the logits (0.3 to 0.6 us), three warp reductions for the softmax, k dependent picks (40 ns each) and k
+// additions for the row's own choice, 4 block barriers (about 20 ns each), the choice of S in one warp (about
+// 5 rounds of 3 E / 32 comparisons and a few warp reductions, 70 to 100 ns each), a pick for each of the own
+// choice that S lacks, and the stores. An estimate of 3 us, nearly all of it latency. Hence one warp per row:
+// more rows are more warps, not more time, until the block is full. Then there are more blocks (a cluster
+// barrier is about 0.3 us), with half as many rows each: at about 900 (E = 128, k = 4) to 1800 (E = 256,
+// k = 8, groups) instructions per row (README.md), 16 warps keep the four schedulers of a multiprocessor busy
+// for 3600 to 7200 cycles, and 8 for half of it. Requests cost a barrier and, in one warp each, the sum of
+// their rows and a choice of their own: 0.5 to 1 us.
 #ifndef XSHARE_CUDA_STEP_CUH
 #define XSHARE_CUDA_STEP_CUH
 

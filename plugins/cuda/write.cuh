@@ -23,18 +23,14 @@ XSHARE_DEVICE float weigh_plainly(const RouteArgs& args, int row, const Picks& p
     return exp_fixed(sub_rn(key_score(picks.key), key_score(first_key)));
 }
 
-// Of this lane's pick: as the model's softmax has it, and divided by the sum over the picks.
-struct Weight {
-    float plain, share;
-};
-
-// `picks` is not empty.
-XSHARE_DEVICE Weight weigh(const RouteArgs& args, int row, const Picks& picks) {
+// The model's weight of this lane's pick, before scaling; `picks` is not empty.
+XSHARE_DEVICE float weigh(const RouteArgs& args, int row, const Picks& picks) {
     const float weight = weigh_plainly(args, row, picks);
+    if (args.p.scoring == XSHARE_SOFTMAX) return weight;
     float sum = 0.0f;
     for (uint32_t rest = picks.lanes; rest != 0; rest &= rest - 1)  // in the order of the slots
         sum = add_rn(sum, device::shuffle(weight, device::first_bit(rest)));
-    return {weight, weight != 0.0f ? div_rn(weight, sum) : 0.0f};
+    return weight != 0.0f ? div_rn(weight, sum) : 0.0f;
 }
 
 XSHARE_DEVICE void write_slot(const RouteArgs& args, int row, int slot, int32_t id, float weight) {
@@ -45,10 +41,9 @@ XSHARE_DEVICE void write_slot(const RouteArgs& args, int row, int slot, int32_t 
 }
 
 // One real row that found at least one expert.
-XSHARE_DEVICE void write_row(const RouteArgs& args, int row, const Picks& picks, const Weight& weight) {
-    const float chosen = args.p.scoring == XSHARE_SOFTMAX ? weight.plain : weight.share;
+XSHARE_DEVICE void write_row(const RouteArgs& args, int row, const Picks& picks, float weight) {
     if (picks.is_here())
-        write_slot(args, row, picks.slot(), picks.id, mul_rn(chosen, args.p.routed_scaling_factor));
+        write_slot(args, row, picks.slot(), picks.id, mul_rn(weight, args.p.routed_scaling_factor));
     const int count = picks.count(), lane = device::lane();
     if (count == args.p.top_k) return;
     const int32_t last_id = device::shuffle(picks.id, device::bit_length(picks.lanes) - 1);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from hypothesis import strategies as st
 
 from xshare_trtllm import RouterSpec, XShareConfig, reference
 from xshare_trtllm.cli import main
-from xshare_trtllm.config import SCORINGS
-from xshare_trtllm.graph import GraphInputs
+from xshare_trtllm.config import SCORINGS, UTILITIES
+from xshare_trtllm.graph import GraphInputs, routing
 
 onnx = pytest.importorskip("onnx", reason="needs onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
-from xshare_trtllm.graph.onnx_model import make_model, save_model  # noqa: E402
+from xshare_trtllm.graph.onnx_model import OnnxOps, make_model, save_model  # noqa: E402
 
 
 class Session:
@@ -55,12 +56,13 @@ def compare(
 
 
 def batch(
-    spec: RouterSpec, rows: int, seed: int, inputs: GraphInputs, coarse: bool = False
+    spec: RouterSpec, rows: int, seed: int, inputs: GraphInputs, coarse: bool = False, banned: float = 0.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, spec.num_experts, generator=random) * 3
     if coarse:  # ties everywhere, zeros of both signs
         logits = logits.round() * torch.tensor([1.0, -0.0])[torch.arange(spec.num_experts) % 2]
+    logits[torch.rand(logits.shape, generator=random) < banned] = -torch.inf
     if rows > 2:
         logits[1, 0] = (torch.nan, torch.inf, -torch.inf, 3e38)[seed % 4]
     optional = {
@@ -88,9 +90,11 @@ CONFIGS = {  # each stage alone, then all of them
     "all warm-up": XShareConfig(5, warmup=3),
     "requests": XShareConfig(8, request_budget=3),
     "GPUs": XShareConfig(8, gpu_budget=2),
-    "coverage": XShareConfig(14, coverage=0.5),
+    "coverage": XShareConfig(coverage=0.875),
+    "cap by coverage": XShareConfig(coverage=0.75, warmup=1),
     "rows": XShareConfig(6, max_rows=4),
     "all": XShareConfig(9, 1, 5, 3, 0.75, 12),
+    "all, affinity": XShareConfig(9, 1, 5, 3, 0.75, 12, "affinity"),
 }
 
 
@@ -104,10 +108,11 @@ CASES = [
 
 @pytest.mark.parametrize(("spec", "config"), CASES)
 def test_scorings_and_stages(spec: RouterSpec, config: XShareConfig) -> None:
-    inputs = GraphInputs(spec.scoring == "sigmoid_bias", True, True, True)
+    on_gpus = config is not CONFIGS["coverage"]  # which limits the fullest where they are given
+    inputs = GraphInputs(spec.scoring == "sigmoid_bias", True, True, on_gpus)
     batches = [
-        batch(spec, rows, seed, inputs, coarse)
-        for seed, rows in enumerate((1, 2, 5, 17))
+        batch(spec, rows, seed, inputs, coarse, banned)
+        for seed, (rows, banned) in enumerate(((1, 0.0), (2, 0.3), (5, 0.0), (17, 0.5), (17, 0.9)))
         for coarse in (False, True)
     ]
     compare(spec, config, inputs, batches)
@@ -124,19 +129,50 @@ def test_random(data: st.DataObject) -> None:
     top_k = draw(st.integers(1, min(8, top_groups * (experts // groups))))
     spec = RouterSpec(experts, top_k, scoring, groups, top_groups, draw(st.sampled_from((1.0, 2.5))))
     off = st.none()
+    coverage = draw(off | st.sampled_from((0.25, 0.5, 0.875, 1.0, float(np.float32(0.97)))))
+    budget = st.integers(top_k, experts + 1)
     config = XShareConfig(
-        draw(st.integers(top_k, experts + 1)),
+        draw(budget if coverage is None else off | budget),
         draw(st.integers(int(groups > 1), top_k)),
         draw(off | st.integers(1, experts + 2)),
         draw(off | st.integers(1, 6)),
-        draw(off | st.sampled_from((0.25, 0.5, 0.875, 1.0))),  # exact in float32
+        coverage,
         draw(off | st.integers(1, 20)),
+        draw(st.sampled_from(UTILITIES)),
     )
-    inputs = GraphInputs(scoring == "sigmoid_bias" and draw(st.booleans()), True, draw(st.booleans()), True)
-    rows = draw(st.integers(1, 24))
-    compare(
-        spec, config, inputs, [batch(spec, rows, draw(st.integers(0, 2**31)), inputs, draw(st.booleans()))]
-    )
+    has_bias = scoring == "sigmoid_bias" and draw(st.booleans())
+    on_gpus = config.gpu_budget is not None or draw(st.booleans())
+    inputs = GraphInputs(has_bias, True, draw(st.booleans()), on_gpus)
+    rows, seed = draw(st.integers(1, 24)), draw(st.integers(0, 2**31))
+    banned = draw(st.sampled_from((0.0, 0.0, 0.2, 0.8)))
+    compare(spec, config, inputs, [batch(spec, rows, seed, inputs, draw(st.booleans()), banned)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    share=st.floats(2**-16, 1, width=32) | st.sampled_from((0.5, 0.97, 1.0)),
+    totals=st.lists(st.integers(0, 2**50 - 1), min_size=1, max_size=20),
+    rests=st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 2**25)), min_size=1, max_size=20),
+)
+def test_a_share_is_rounded_as_float64_does(
+    share: float, totals: list[int], rests: list[tuple[int, int]]
+) -> None:
+    share = float(np.float32(share))
+    mantissa, denominator = share.as_integer_ratio()
+    inverse = pow(mantissa, -1, denominator) if denominator > 1 else 0
+    near = [(rest * inverse) % denominator + high * denominator for rest, high in rests]  # of little rest
+    totals = totals + [total for total in near if total < 2**50]
+    ops = OnnxOps()
+    wanted = routing.least_share(ops, "total", share)
+    types = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [len(totals), 1])
+        for name in ("total", wanted)
+    ]
+    graph = onnx.helper.make_graph(ops.nodes, "share", types[:1], types[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"total": np.array(totals, np.int64)[:, None]})
+    assert found[:, 0].tolist() == [math.ceil(share * float(total)) for total in totals]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +182,8 @@ def test_random(data: st.DataObject) -> None:
 )
 def test_full_size(spec: RouterSpec) -> None:
     inputs = GraphInputs(spec.scoring == "sigmoid_bias", True, True, True)
-    config = XShareConfig(64, 1, 24, 12, 0.5, None)
-    compare(spec, config, inputs, [batch(spec, rows, rows, inputs) for rows in (32, 200)])
+    for config in (XShareConfig(64, 1, 24, 12, 0.5, None), XShareConfig(coverage=0.9375)):
+        compare(spec, config, inputs, [batch(spec, rows, rows, inputs) for rows in (32, 200)])
 
 
 def test_only_padding_and_no_rows() -> None:
@@ -171,7 +207,7 @@ def test_half_precision_logits() -> None:
 
 def test_one_node_with_the_fields_of_the_plugin() -> None:
     spec = RouterSpec(64, 4, "sigmoid_bias", 8, 4, 2.5)
-    config = XShareConfig(16, 1, 8, 5, 0.9, 48)
+    config = XShareConfig(16, 1, 8, 5, 0.9, 48, "affinity")
     inputs = GraphInputs(True, True, True, True)
     model = make_model(spec, config, inputs)
     (node,) = model.graph.node
@@ -179,11 +215,12 @@ def test_one_node_with_the_fields_of_the_plugin() -> None:
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert attributes.pop("coverage") == np.float32(0.9)
     assert attributes == {
-        "plugin_version": b"1",
+        "plugin_version": b"2",
         "plugin_namespace": b"xshare",
         "num_experts": 64,
         "top_k": 4,
         "scoring": b"sigmoid_bias",
+        "utility": b"affinity",
         "budget": 16,
         "num_groups": 8,
         "top_k_groups": 4,
@@ -201,7 +238,14 @@ def test_one_node_with_the_fields_of_the_plugin() -> None:
     (function,) = model.functions
     assert set(function.attribute) == {attribute.name for attribute in node.attribute}
     assert {node.domain for node in function.node} == {""}
+    assert {(opset.domain, opset.version) for opset in model.opset_import} == {("", 18), ("xshare", 2)}
     assert not make_model(spec, config, inputs, body=False).functions
+
+
+def test_the_node_names_the_limits_that_there_are() -> None:
+    (node,) = make_model(RouterSpec(64, 4, "softmax"), XShareConfig(coverage=0.97)).graph.node
+    limits = {a.name for a in node.attribute} & {"budget", "coverage", "gpu_budget", "request_budget"}
+    assert limits == {"coverage"}
 
 
 def _all_names() -> list[str]:
@@ -216,6 +260,7 @@ def _all_names() -> list[str]:
         (XShareConfig(8, request_budget=3), GraphInputs(), "the graph needs request_ids"),
         (XShareConfig(8, gpu_budget=3), GraphInputs(), "the graph needs expert_gpu"),
         (XShareConfig(8), GraphInputs(correction_bias=True), "only sigmoid_bias has one"),
+        (XShareConfig(coverage=1e-6), None, "a graph takes coverages from 1.52587890625e-05 on"),
     ),
 )
 def test_refused(config: XShareConfig, inputs: GraphInputs | None, message: str) -> None:
@@ -239,6 +284,9 @@ def test_save_replaces_whole_files_only(tmp_path: Path) -> None:
 ROUTER = ["--experts", "32", "--top-k", "4", "--scoring", "topk_softmax"]
 
 
+CONFIG_FILE = "xshare.yaml"  # in the test's folder
+
+
 def export(*arguments: str) -> Any:
     return CliRunner().invoke(main, ["export", *arguments])
 
@@ -250,6 +298,17 @@ def test_export_command(tmp_path: Path) -> None:
     assert "inputs router_logits, request_ids, exempt" in done.output
     spec, config = RouterSpec(32, 4, "topk_softmax"), XShareConfig(8, request_budget=5)
     logits, optional = batch(spec, 11, 1, GraphInputs(request_ids=True, exempt=True))
+    found = Session(onnx.load(path)).run(logits, optional)
+    for right, output in zip(reference.route(logits, spec, config, **optional)[:3], found, strict=True):
+        assert torch.equal(right, output)
+
+
+def test_export_by_coverage_for_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "router.onnx"
+    done = export("--onnx", str(path), *ROUTER, "--coverage", "0.9375", "--expert-gpu")
+    assert done.exit_code == 0, done.output
+    spec, config = RouterSpec(32, 4, "topk_softmax"), XShareConfig(coverage=0.9375)
+    logits, optional = batch(spec, 16, 1, GraphInputs(expert_gpu=True))
     found = Session(onnx.load(path)).run(logits, optional)
     for right, output in zip(reference.route(logits, spec, config, **optional)[:3], found, strict=True):
         assert torch.equal(right, output)
@@ -269,13 +328,18 @@ def test_export_from_files(tmp_path: Path) -> None:
     ("arguments", "message"),
     (
         (["--budget", "8"], "give --experts, --top-k and --scoring, or --hf-config"),
-        (ROUTER, "give --budget, or --config"),
+        (ROUTER, "give --coverage, --budget or --gpu-budget, or --config"),
+        ([*ROUTER, "--warmup", "2"], "nothing is limited; set coverage"),
+        ([*ROUTER, "--coverage", "97"], "coverage must be less than or equal to 1"),
+        ([*ROUTER, "--coverage", "0.97", "--utility", "frequency"], "'squared_weight', 'affinity'"),
+        ([*ROUTER, "--config", CONFIG_FILE, "--warmup", "2"], "leave --warmup out"),
         ([*ROUTER, "--budget", "3"], "budget must be at least top_k=4"),
         ([*ROUTER, "--budget", "8", "--dtype", "int8"], "dtype='int8'"),
         ([*ROUTER, "--budget", "8", "--num-groups", "2"], "topk_softmax has no expert groups"),
     ),
 )
 def test_export_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    done = export("--onnx", str(path), *arguments)
+    path, config = tmp_path / "model.onnx", tmp_path / CONFIG_FILE
+    XShareConfig(8).to_yaml(config)
+    done = export("--onnx", str(path), *(str(config) if a == CONFIG_FILE else a for a in arguments))
     assert done.exit_code != 0 and message in done.output and not path.exists()

@@ -18,6 +18,7 @@ trt: Any = pytest.importorskip("tensorrt_rtx_bindings", reason=HOW)
 
 GPUS = ("SM80", "SM86", "SM89", "SM120")
 STAGES = XShareConfig(8, request_budget=6, gpu_budget=3, max_rows=32)
+CAPPED = XShareConfig(coverage=0.97, max_rows=32)  # with expert_gpu: by the coverage
 
 
 class Log(trt.ILogger):  # type: ignore[misc]
@@ -52,20 +53,29 @@ def check_outputs(network: Any, spec: RouterSpec) -> None:
         assert tuple(tensor.shape) == shapes[tensor.name] and tensor.dtype == types[tensor.name]
 
 
-@pytest.mark.parametrize(("scoring", "gpu"), list(zip(SCORINGS, GPUS, strict=True)))
-def test_native_layers(scoring: str, gpu: str) -> None:
+@pytest.mark.parametrize(
+    ("scoring", "gpu", "config"), list(zip(SCORINGS, GPUS, (STAGES, CAPPED, STAGES, CAPPED), strict=True))
+)
+def test_native_layers(scoring: str, gpu: str, config: XShareConfig) -> None:
     grouped = (4, 2) if scoring in ("softmax", "sigmoid_bias") else (1, 1)
     spec = RouterSpec(32, 4, scoring, *grouped)
     inputs = GraphInputs(scoring == "sigmoid_bias", True, True, True)
     log = Log()
-    builder, network = from_layers(spec, STAGES, inputs, log, "bfloat16")
+    builder, network = from_layers(spec, config, inputs, log, "bfloat16")
     check_outputs(network, spec)
     engine = tensorrt_layers.build_engine(trt, builder, network, 64, gpu)
     assert len(engine) > 10_000 and log.errors == []
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype"), ((XShareConfig(32), "float32"), (XShareConfig(8, warmup=0), "float16")), ids=repr
+    ("config", "dtype"),
+    (
+        (XShareConfig(32), "float32"),
+        (XShareConfig(8, warmup=0), "float16"),
+        (XShareConfig(coverage=0.95), "bfloat16"),
+        (XShareConfig(coverage=1.0, utility="affinity"), "float32"),
+    ),
+    ids=repr,
 )
 def test_single_stages(config: XShareConfig, dtype: str) -> None:
     spec, log = RouterSpec(32, 4, "softmax_renorm"), Log()
@@ -73,8 +83,8 @@ def test_single_stages(config: XShareConfig, dtype: str) -> None:
     assert tensorrt_layers.build_engine(trt, builder, network, 64, "SM80") and log.errors == []
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-def test_onnx_body(gpu: str) -> None:
+@pytest.mark.parametrize(("gpu", "config"), list(zip(GPUS, (STAGES, CAPPED) * 2, strict=True)))
+def test_onnx_body(gpu: str, config: XShareConfig) -> None:
     pytest.importorskip("onnx", reason="needs onnx")
     from xshare_trtllm.graph.onnx_model import make_model
 
@@ -82,18 +92,12 @@ def test_onnx_body(gpu: str) -> None:
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    model = make_model(spec, STAGES, GraphInputs(True, True, True, True), dtype="float16")
+    model = make_model(spec, config, GraphInputs(True, True, True, True), dtype="float16")
     assert parser.parse(model.SerializeToString()), [
         parser.get_error(i).desc() for i in range(parser.num_errors)
     ]
     check_outputs(network, spec)
     assert tensorrt_layers.build_engine(trt, builder, network, 64, gpu) and log.errors == []
-
-
-def test_coverage_is_refused() -> None:
-    spec, config = RouterSpec(32, 4, "softmax"), XShareConfig(8, coverage=0.9)
-    with pytest.raises(ValueError, match=r"coverage=0\.9\): TensorRT layers have no float64"):
-        from_layers(spec, config, GraphInputs(), Log())
 
 
 def test_a_gpu_that_it_cannot_build_for() -> None:

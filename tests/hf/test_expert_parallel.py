@@ -27,6 +27,7 @@ pytestmark = [
 
 preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 EXPERTS, STEPS = 18, 6
+SHIPPED = XShareConfig(coverage=0.9)  # sets the cap of each rank
 
 
 def random_model() -> torch.nn.Module:
@@ -73,6 +74,8 @@ def configurations(world: int) -> dict[str, XShareConfig]:
         "off": XShareConfig(EXPERTS),
         "budget": XShareConfig((8, 6)),
         "per GPU": XShareConfig(3 * world, gpu_budget=3, warmup=0),
+        "coverage": XShareConfig(coverage=0.8),
+        "paper": XShareConfig(gpu_budget=3, utility="affinity"),
         "per request": XShareConfig(9, request_budget=5),
         "stands aside": XShareConfig(6, max_rows=7),
     }
@@ -122,8 +125,7 @@ def decode_shipped_model(rank: int, folder: str) -> tuple[list[list[int]], list[
     model, tokenizer = load_model()
     prompts = token_batches(held_out(), tokenizer, 24)[0][:, :24]
     decoder = Decoder(model, capacity=64)
-    config = XShareConfig(32, warmup=1, gpu_budget=16)
-    with expert_parallel(decoder, config) as parallel:
+    with expert_parallel(decoder, SHIPPED) as parallel:
         tokens, _ = greedy_decode(decoder, prompts[8 * rank : 8 * rank + 8], 20)
     assert all("forward" not in vars(layer.mlp) for layer in decoder.layers)
     return tokens.tolist(), [work.experts for work in parallel.work[len(decoder.layers) :]]
@@ -132,14 +134,16 @@ def decode_shipped_model(rank: int, folder: str) -> tuple[list[list[int]], list[
 def test_shipped_model(tmp_path: Path) -> None:
     model, tokenizer = load_model()
     prompts = token_batches(held_out(), tokenizer, 24)[0][:, :24]
-    decoder, config = Decoder(model, capacity=64), XShareConfig(32, warmup=1, gpu_budget=16)
-    with attach(decoder, config, expert_gpu=contiguous_placement(64, 2)) as attached:
+    decoder = Decoder(model, capacity=64)
+    with attach(decoder, SHIPPED, expert_gpu=contiguous_placement(64, 2)) as attached:
         expected, _ = greedy_decode(decoder, prompts, 20)
         stats = attached.stats
     results = launch(2, decode_shipped_model, str(tmp_path), seconds=100)
     assert results[0][0] + results[1][0] == expected.tolist()
     used = torch.tensor([experts for _, experts in results]).view(2, 19, -1).double()
     peak = used.amax(dim=0).mean(dim=0)  # of each layer
+    own = [layer.peak_gpu_before for layer in stats]
+    assert all(now < 0.8 * before for now, before in zip(peak.tolist(), own, strict=True))
     assert peak.tolist() == pytest.approx([layer.peak_gpu_after for layer in stats])
     assert used.sum(dim=0).mean(dim=0).tolist() == pytest.approx([layer.experts_after for layer in stats])
 

@@ -31,14 +31,29 @@ def test_a_table_a_break_even_and_the_known_error():
     assert before > 40 and 23.5 < after < 25
     assert cells[-2].startswith("+") and row(result.output, 4)[-2].startswith("-")
     assert "Break-even: gains from batch" in result.output
-    assert re.search(r"Known error: [89] points on average, 13 at worst", result.output)
+    assert re.search(r"Known error: 9 points on average, 14 at worst", result.output)
     assert "GPUs are needed" not in result.output
 
 
-def test_the_default_budget_is_30_percent_below():
+def test_a_coverage_is_the_default():
     result = predict("--model", "olmoe-1b-7b", "--gpu", "a100", "--batch", 8)
-    before, after = map(float, row(result.output, 8)[1].split(" > "))
-    assert after / before == pytest.approx(0.7, abs=0.03)
+    assert result.exit_code == 0, result.output
+    assert "A100 SXM: coverage 0.97, 1024 tokens" in result.output
+    cells = row(result.output, 8)
+    before, after = map(float, cells[1].split(" > "))
+    assert after < before and float(cells[2].removesuffix("%")) >= 97
+    stated = predict("--model", "olmoe-1b-7b", "--gpu", "a100", "--batch", 8, "--coverage", 0.97)
+    assert stated.output == result.output
+
+
+def test_a_coverage_and_a_budget():
+    both = predict(
+        "--model", "olmoe-1b-7b", "--gpu", "a100", "--batch", 32, "--coverage", 0.99, "--budget", 20
+    )
+    alone = predict("--model", "olmoe-1b-7b", "--gpu", "a100", "--batch", 32, "--budget", 20)
+    assert "coverage 0.99, budget 20 of 64 experts" in both.output
+    assert "coverage" not in alone.output
+    assert row(both.output, 32) == row(alone.output, 32), "the budget is what limits here"
 
 
 def test_expert_parallelism_and_too_little_memory():
@@ -63,6 +78,7 @@ def test_a_config_json_is_a_model(tmp_path):
         (["--model", "gpt-5", "--gpu", "h200"], "model 'gpt-5' is not known; known are gpt-oss-120b"),
         (["--model", "gpt-oss-20b", "--gpu", "v100"], "gpu 'v100' is not known; known are h100, h200, a100"),
         (["--model", "gpt-oss-20b", "--gpu", "h100", "--budget", 3], "budget must be at least top_k=4"),
+        (["--model", "gpt-oss-20b", "--gpu", "h100", "--warmup", 5], "warmup must be at most top_k=4"),
         (["--model", "nowhere/config.json", "--gpu", "h100"], "No such file"),
         (
             ["--model", "gpt-oss-20b", "--gpu", "h100", "--tensor-parallel", 2, "--expert-parallel", 2],
@@ -74,6 +90,12 @@ def test_errors_are_one_line(arguments, message):
     result = predict(*arguments)
     assert result.exit_code == 1
     assert message in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("coverage", [0, 1.5])
+def test_a_coverage_outside_its_range(coverage):
+    result = predict("--model", "gpt-oss-20b", "--gpu", "h100", "--coverage", coverage)
+    assert result.exit_code == 2 and "is not in the range 0<x<=1" in result.output
 
 
 def test_a_config_json_that_is_none(tmp_path):

@@ -8,13 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xshare_trtllm import RouterSpec, RoutingStats, XShareConfig
+from xshare_trtllm import RouterSpec, RoutingStats, XShareConfig, ops
 from xshare_trtllm import mask_logits as any_mask_logits
 from xshare_trtllm import route as any_route
+from xshare_trtllm.config import SCORINGS, UTILITIES
 
 stages = import_module("xshare_trtllm.reference.route")  # the function of that name hides the module
 SEEDS = st.integers(0, 2**31)
 INF = float("inf")
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not ops.available(), reason="needs libxshare.so")),
+]
 
 
 def route(*args, **kwargs):
@@ -40,20 +45,26 @@ def cases(draw, **fixed):
     """(logits, spec, config, arguments) over all options; logits from a coarse grid, so that ties occur."""
     generator = torch.Generator().manual_seed(draw(SEEDS))
     rows, k = draw(st.integers(1, 9)), draw(st.integers(1, 3))
-    scoring = draw(st.sampled_from(["softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"]))
+    scoring = draw(st.sampled_from(SCORINGS))
     groups = 1 if scoring == "topk_softmax" else draw(st.sampled_from([1, 3]))
     n = draw(st.sampled_from([6, 12]))
     spec = RouterSpec(n, k, scoring, groups, min(2, groups), draw(st.sampled_from([1.0, 2.5])))
+    coverage = draw(st.sampled_from([None, 0.5, 0.9]))
+    budget = st.integers(k, n)
     config = XShareConfig(
-        budget=draw(st.integers(k, n)),
+        budget=draw(budget if coverage is None else st.none() | budget),
         warmup=draw(st.integers(0 if groups == 1 else 1, k)),
         request_budget=draw(st.sampled_from([None, 1, 3])),
         gpu_budget=draw(st.sampled_from([None, 1, 2])),
-        coverage=draw(st.sampled_from([None, 0.5, 0.9])),
+        coverage=coverage,
         max_rows=draw(st.sampled_from([None, None, 6])),
+        utility=draw(st.sampled_from(UTILITIES)),
     )
     config = config.model_copy(update=fixed)
     logits = torch.randint(-8, 9, (rows, n), generator=generator) / 4
+    if draw(st.booleans()):  # a few bans: every row and every group keeps enough to choose from
+        banned = torch.rand(rows, n // 6, 6, generator=generator).argsort(dim=-1) == 0
+        logits = logits.masked_fill(banned.flatten(1), -INF)
     arguments = {
         "request_ids": torch.randint(-1, 3, (rows,), generator=generator),
         "exempt": torch.rand(rows, generator=generator) < 0.2,
@@ -104,29 +115,39 @@ def test_fixed_point_rounds_half_away_from_zero():
 # ---- Stage 4 against brute force ---------------------------------------------------------------------------
 
 
-def best_value(u, base, extra_allowed, room):
-    """The most utility of any superset of `base` by at most `room` experts that `extra_allowed` accepts."""
-    others = [e for e in range(len(u)) if e not in base]
-    sets = (extra for n in range(room + 1) for extra in combinations(others, n))
-    return sum(u[e] for e in base) + max(sum(u[e] for e in extra) for extra in sets if extra_allowed(extra))
+def supersets(base, others):
+    """All sets of experts that hold `base` and any of the others."""
+    others = [e for e in others if e not in base]
+    return (base | set(extra) for n in range(len(others) + 1) for extra in combinations(others, n))
+
+
+def worth(u, experts):
+    return sum(u[e] for e in experts)
+
+
+def select(u, config, top_k=1, free=(), warm=(), gpu=None):
+    placement = None if gpu is None else torch.tensor(gpu)
+    sets = mask_of(free, len(u)), mask_of(warm, len(u))
+    return ids_of(stages.select(torch.tensor(u), *sets, placement, top_k, config))
 
 
 utilities = st.lists(st.integers(0, 6), min_size=8, max_size=8)
 expert_sets = st.sets(st.integers(0, 7), max_size=4)
+placements = st.lists(st.integers(0, 2), min_size=8, max_size=8)
+coverages = st.sampled_from([0.25, 0.5, 0.75, 0.9, 1.0])
 
 
 @settings(max_examples=150, deadline=None)
 @given(u=utilities, warm=expert_sets, free=expert_sets, budget=st.integers(1, 8))
 def test_modular_optimum(u, warm, free, budget):
-    config = XShareConfig(budget)
-    gpu = torch.zeros(8, dtype=torch.int64)
-    chosen = ids_of(stages.select(torch.tensor(u), mask_of(free, 8), mask_of(warm, 8), gpu, config))
+    chosen = select(u, XShareConfig(budget), free=free, warm=warm)
     counted = warm - free
     assert chosen >= warm | free
     assert len(chosen - free) <= max(budget, len(counted))
     assert all(u[e] > 0 for e in chosen - warm - free)
     room = max(0, budget - len(counted))
-    assert sum(u[e] for e in chosen) == best_value(u, warm | free, lambda extra: True, room)
+    allowed = (s for s in supersets(warm | free, range(8)) if len(s - warm - free) <= room)
+    assert worth(u, chosen) == max(worth(u, s) for s in allowed)
 
 
 @settings(max_examples=150, deadline=None)
@@ -134,54 +155,243 @@ def test_modular_optimum(u, warm, free, budget):
     u=utilities,
     warm=expert_sets,
     free=expert_sets,
-    gpu=st.lists(st.integers(0, 2), min_size=8, max_size=8),
-    budget=st.integers(1, 8),
+    gpu=placements,
+    budget=st.none() | st.integers(1, 8),
     gpu_budget=st.integers(1, 4),
 )
 def test_laminar_greedy_optimum(u, warm, free, gpu, budget, gpu_budget):
     """Per GPU inside per batch, around a warm-up that may already exceed either."""
-    config = XShareConfig(budget, gpu_budget=gpu_budget)
-    args = (torch.tensor(u), mask_of(free, 8), mask_of(warm, 8), torch.tensor(gpu), config)
-    chosen = ids_of(stages.select(*args))
-    counted = warm - free
+    chosen = select(u, XShareConfig(budget, gpu_budget=gpu_budget), free=free, warm=warm, gpu=gpu)
+    counted, base = warm - free, warm | free
+    room = max(0, (budget or 8) - len(counted))
 
-    def fits(extra):
-        on = [gpu[e] for e in (*counted, *extra)]
-        added = {gpu[e] for e in extra}
-        return all(on.count(g) <= gpu_budget for g in added)
+    def fits(experts):
+        on = [gpu[e] for e in experts - free]
+        added = {gpu[e] for e in experts - base}
+        return len(experts - base) <= room and all(on.count(g) <= gpu_budget for g in added)
 
-    assert chosen >= warm | free
-    assert fits(chosen - warm - free)
-    room = max(0, budget - len(counted))
-    assert len(chosen - warm - free) <= room
-    assert sum(u[e] for e in chosen) == best_value(u, warm | free, fits, room)
+    assert chosen >= base and fits(chosen)
+    assert worth(u, chosen) == max(worth(u, s) for s in supersets(base, range(8)) if fits(s))
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, budget=st.integers(2, 8), scoring=st.sampled_from(["softmax", "sigmoid_bias"]))
-def test_route_keeps_the_most_affinity_of_all_sets(seed, budget, scoring):
-    """From logits to the set, with the affinities computed independently in fp64."""
+@settings(max_examples=150, deadline=None)
+@given(u=utilities, warm=expert_sets, free=expert_sets, coverage=coverages, top_k=st.integers(1, 5))
+def test_the_coverage_set_is_the_smallest_and_never_below_k(u, warm, free, coverage, top_k):
+    chosen, base = select(u, XShareConfig(coverage=coverage), top_k, free, warm), warm | free
+    useful = base | {e for e in range(8) if u[e] > 0}
+
+    def suffices(experts):
+        return worth(u, experts) >= coverage * sum(u) and len(experts) >= min(top_k, len(useful))
+
+    assert suffices(chosen) and base <= chosen <= useful
+    assert len(chosen) == min(len(s) for s in supersets(base, useful) if suffices(s))
+    least = min((u[e] for e in chosen - base), default=INF)
+    assert all(u[e] <= least for e in set(range(8)) - chosen), "a prefix of the order"
+
+
+@settings(max_examples=150, deadline=None)
+@given(u=utilities, warm=expert_sets, free=expert_sets, coverage=coverages, budget=st.integers(1, 8))
+def test_a_budget_caps_the_coverage(u, warm, free, coverage, budget):
+    by_coverage = select(u, XShareConfig(coverage=coverage), 1, free, warm)
+    by_budget = select(u, XShareConfig(budget), 1, free, warm)
+    both = select(u, XShareConfig(budget, coverage=coverage), 1, free, warm)
+    assert both == min(by_coverage, by_budget, key=len)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    u=utilities,
+    warm=expert_sets,
+    free=expert_sets,
+    gpu=placements,
+    coverage=coverages,
+    top_k=st.integers(1, 5),
+)
+def test_the_coverage_sets_the_smallest_cap_of_a_gpu(u, warm, free, gpu, coverage, top_k):
+    """And every GPU is filled up to it, by its most useful experts; the warm-up counts, but wins."""
+    useful = free | {e for e in range(8) if u[e] > 0}
+    at_least = min(top_k, len(useful))
+
+    def peak(experts):
+        on = [gpu[e] for e in experts]
+        return max(map(on.count, on), default=0)
+
+    enough = (s for s in supersets(free, useful) if worth(u, s) >= coverage * sum(u) and len(s) >= at_least)
+    cap = min(peak(s - free) for s in enough)
+    chosen = select(u, XShareConfig(coverage=coverage), top_k, free, warm, gpu)
+    for g in set(gpu):
+        counted = [e for e in warm - free if gpu[e] == g]
+        others = sorted((e for e in useful - warm - free if gpu[e] == g), key=lambda e: (-u[e], e))
+        here = counted + others[: max(0, cap - len(counted))]
+        assert {e for e in chosen - free if gpu[e] == g} == set(here)
+    assert select(u, XShareConfig(coverage=coverage, gpu_budget=8), top_k, free, warm, gpu) == select(
+        u, XShareConfig(coverage=coverage), top_k, free, warm
+    ), "a budget of one's own leaves the coverage to end the walk"
+
+
+# ---- From logits to the set, with the utilities computed independently in fp64 -----------------------------
+
+
+def column_utility(logits, spec, utility):
+    """g [E] fp64, from torch's own softmax, sigmoid and topk."""
+    z = logits.double()
+    affinity = z.sigmoid() if spec.scoring == "sigmoid_bias" else z.softmax(-1)
+    if utility == "affinity":
+        return affinity.sum(0)
+    values, ids = affinity.topk(spec.top_k, dim=-1)
+    weights = values if spec.scoring == "softmax" else values / values.sum(-1, keepdim=True)
+    return torch.zeros_like(z).scatter_(1, ids, weights**2).sum(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=SEEDS,
+    scoring=st.sampled_from(SCORINGS),
+    utility=st.sampled_from(UTILITIES),
+    limits=st.fixed_dictionaries(
+        {}, optional={"budget": st.integers(2, 7), "coverage": st.sampled_from([0.5, 0.8, 0.9, 0.97])}
+    ).filter(bool),
+    gpu_budget=st.none() | st.integers(1, 3),
+)
+def test_route_keeps_the_most_utility_of_all_sets(backend, seed, scoring, utility, limits, gpu_budget):
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)) * 2
-    result = route(logits, RouterSpec(8, 2, scoring), XShareConfig(budget, warmup=0, coverage=1.0))
-    affinity = logits.double().softmax(-1) if scoring == "softmax" else logits.double().sigmoid()
-    g = affinity.sum(0)
-    best = max(float(g[list(s)].sum()) for s in combinations(range(8), budget)) / float(g.sum())
-    # Each of the 40 affinities is rounded to a multiple of 2^-20.
-    assert result.stats.kept_utility == pytest.approx(best, abs=40 * 2**-20)
-    assert result.active_experts.sum() == budget
-    assert float(g[result.active_experts].sum() / g.sum()) == pytest.approx(best, abs=40 * 2**-20)
+    spec, gpu = RouterSpec(8, 2, scoring), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    config = XShareConfig(**limits, gpu_budget=gpu_budget, warmup=0, utility=utility)
+    placement = {"expert_gpu": gpu} if gpu_budget else {}
+    result = any_route(logits, spec, config, backend=backend, **placement)
+    g = column_utility(logits, spec, utility)
+    share = (g / g.sum()).tolist()
+    error = 2 * 40 * 2**-20  # each of the 40 utilities is rounded to a multiple of 2^-20, and so the total is
+    wanted = limits.get("coverage", 2.0)
+
+    def fits(experts):
+        on = [int(gpu[e]) for e in experts]
+        in_gpus = gpu_budget is None or all(on.count(one) <= gpu_budget for one in on)
+        return in_gpus and len(experts) <= limits.get("budget", 8)
+
+    chosen = ids_of(result.active_experts)
+    kept = worth(share, chosen)
+    assert fits(chosen) and result.stats.kept_utility == pytest.approx(kept, abs=error)
+    fitting = [s for s in supersets(set(), range(8)) if fits(s)]
+    assert kept >= max(worth(share, s) for s in fitting if len(s) <= len(chosen)) - error
+    if kept < wanted - error:
+        assert kept >= max(worth(share, s) for s in fitting) - error
+    elif len(chosen) > spec.top_k:
+        assert all(worth(share, s) < wanted + error for s in fitting if len(s) < len(chosen))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, scoring=st.sampled_from(SCORINGS), coverage=st.sampled_from([0.5, 0.9, 0.97, 1.0]))
+def test_the_cap_by_coverage_is_the_smallest_of_all_sets(backend, seed, scoring, coverage):
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)) * 2
+    spec, gpu = RouterSpec(8, 2, scoring), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    config = XShareConfig(coverage=coverage, warmup=0)
+    result = any_route(logits, spec, config, backend=backend, expert_gpu=gpu)
+    g = column_utility(logits, spec, "squared_weight")
+    share, error = (g / g.sum()).tolist(), 2 * 40 * 2**-20
+    chosen = ids_of(result.active_experts)
+    assert worth(share, chosen) >= coverage - error
+
+    def peak(experts):
+        return max(sum(int(gpu[e]) == one for e in experts) for one in range(3))
+
+    for experts in supersets(set(), range(8)):
+        if peak(experts) < peak(chosen) and len(experts) >= spec.top_k:
+            assert worth(share, experts) < coverage + error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["normal", "flat", "peaked"])
+def test_resolution_of_the_fixed_point(backend, kind):
+    """With k experts per row, each row's squared weights sum to 1 / k or more and lose less than k / 2^21, so
+    a share is right within k^2 / 2^21, for any number of rows."""
+    spec, rows = RouterSpec(512, 16, "softmax_renorm"), 2048 if backend == "reference" else 16384
+    logits = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1))
+    logits *= {"normal": 1.0, "flat": 0.001, "peaked": 30.0}[kind]
+    result = any_route(logits, spec, XShareConfig(200, warmup=0), backend=backend)
+    g = column_utility(logits, spec, "squared_weight")
+    kept = float(g[result.active_experts].sum() / g.sum())
+    assert result.stats.kept_utility == pytest.approx(kept, abs=16**2 / 2**21)
+    best = float(g.topk(200).values.sum() / g.sum())
+    assert kept >= best - 2 * 16**2 / 2**21
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, scoring=st.sampled_from(SCORINGS), coverage=st.sampled_from([0.01, 0.9, 1.0]))
+def test_a_single_row_keeps_its_own_routing(seed, scoring, coverage):
+    spec = RouterSpec(12, 3, scoring)
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
+    own, result = (
+        route(logits, spec, XShareConfig.off(spec)),
+        route(logits, spec, XShareConfig(coverage=coverage)),
+    )
+    assert torch.equal(result.expert_ids, own.expert_ids)
+    assert torch.equal(result.expert_weights, own.expert_weights)
+    assert not result.stats.stood_aside
+
+
+# ---- Banned experts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_banned_expert_leaves_the_row_real(backend):
+    logits, spec = torch.tensor([[1.0, 2.0, -INF, 0.5]]), RouterSpec(4, 2, "topk_softmax")
+    for config in (XShareConfig(4), XShareConfig(coverage=1.0), XShareConfig(2, utility="affinity")):
+        result = any_route(logits, spec, config, backend=backend)
+        assert result.expert_ids.tolist() == [[1, 0]] and result.stats.rows == 1
+        assert result.expert_weights[0].tolist() == pytest.approx([0.731, 0.269], abs=5e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "row", [[1.0, -INF, -INF, -INF], [-INF] * 4, [1, 2, float("nan"), 3], [1, 2, INF, 3]]
+)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_too_few_or_broken_logits_make_padding(backend, scoring, row):
+    logits = torch.tensor([row, [0.0, 1.0, 2.0, -INF]])
+    result = any_route(logits, RouterSpec(4, 2, scoring), XShareConfig(2), backend=backend)
+    assert result.stats.rows == 1 and ids_of(result.active_experts) == {1, 2}
+    assert result.expert_ids.tolist() == [[1, 2], [2, 1]]
+    assert not result.expert_weights[0].any() and bool(result.expert_weights[1].all())
+
+
+def test_a_group_with_too_few_experts_left_is_closed():
+    logits = torch.tensor([[9.0, -INF, 1.0, 1.0]])  # sigmoid_bias scores a group by two
+    spec = RouterSpec(4, 2, "sigmoid_bias", num_groups=2, top_k_groups=1)
+    assert route(logits, spec, XShareConfig.off(spec)).expert_ids.tolist() == [[2, 3]]
+    by_best = RouterSpec(4, 2, "softmax", num_groups=2, top_k_groups=1)
+    padding = route(logits, by_best, XShareConfig.off(by_best))  # group 0 wins and has one expert for k = 2
+    assert padding.stats.rows == 0 and not padding.expert_weights.any()
+
+
+def test_a_row_that_finds_nothing_in_the_set_gets_the_padding_output():
+    logits = torch.zeros(6, 6)
+    logits[:5, 2:] = -INF  # five rows decide for 0 and 1
+    logits[5, :2] = -INF  # which the sixth may not use
+    spec, config = RouterSpec(6, 2, "softmax"), XShareConfig(2, warmup=0)
+    result = route(logits, spec, config)
+    assert ids_of(result.active_experts) == {0, 1}
+    assert result.expert_ids[5].tolist() == [0, 1] and not result.expert_weights[5].any()
+    assert mask_logits(logits, spec, config)[5].tolist() == [0.0, 0.0] + [-INF] * 4
+    assert result.stats.rows == 6
 
 
 @settings(max_examples=100, deadline=None)
-@given(u=utilities, warm=expert_sets, coverage=st.sampled_from([0.25, 0.5, 0.75, 0.9, 1.0]))
-def test_coverage_adds_no_more_than_it_needs(u, warm, coverage):
-    config = XShareConfig(8, coverage=coverage)
-    gpu, none = torch.zeros(8, dtype=torch.int64), mask_of((), 8)
-    chosen = ids_of(stages.select(torch.tensor(u), none, mask_of(warm, 8), gpu, config))
-    added, kept = chosen - warm, sum(u[e] for e in chosen)
-    assert kept >= coverage * sum(u)
-    if added:
-        assert kept - min(u[e] for e in added) < coverage * sum(u)
+@given(case=cases(max_rows=None), seed=SEEDS, share=st.sampled_from([0.2, 0.6]))
+def test_banned_experts_are_never_used(case, seed, share):
+    logits, spec, config, arguments = case
+    banned = torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < share
+    logits = logits.masked_fill(banned, -INF)
+    result = route(logits, spec, config, **arguments)
+    used = torch.zeros_like(banned).scatter_(1, result.expert_ids.long(), True)
+    with_weight = result.expert_weights.any(dim=-1)
+    assert not (used & (logits == -INF))[with_weight].any()
+    assert not with_weight[(logits > -INF).sum(-1) < spec.top_k].any()
+    assert result.expert_weights.isfinite().all()
+    masked = mask_logits(logits, spec, config, **arguments)
+    assert not (masked[with_weight] > -INF)[logits[with_weight] == -INF].any()
 
 
 # ---- Properties of the whole, over all options -------------------------------------------------------------
@@ -202,7 +412,7 @@ def test_row_order_does_not_matter(case, seed):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(), bad=st.sampled_from([float("nan"), INF, -INF]), where=st.integers(0, 5))
+@given(case=cases(), bad=st.sampled_from([float("nan"), INF]), where=st.integers(0, 5))
 def test_bad_rows_are_padding_and_poison_nothing(case, bad, where):
     logits, spec, config, arguments = case
     row = where % len(logits)
@@ -255,6 +465,9 @@ def test_rows_rank_by_score_inside_the_set(case):
         score = ranking[row].tolist()
         best = sorted((e for e in active if score[e] > -INF), key=lambda e: (-score[e], e))[: spec.top_k]
         ids, weights = result.expert_ids[row].tolist(), result.expert_weights[row].tolist()
+        if not best:  # all of S is banned: the padding output
+            assert not any(weights) and set(ids) <= (active or {0})
+            continue
         assert ids == best + [best[-1]] * (spec.top_k - len(best))
         assert not any(weights[len(best) :])
         assert all(w > 0 for w in weights[: len(best)])
@@ -306,6 +519,8 @@ def test_masked_logits_allow_what_route_uses(case):
             kept, value = set(range(spec.num_experts)), logits[row]
         else:
             kept, value = ids_of(result.active_experts & (ranking[row] > -INF)), logits[row]
+            if not kept:  # all of S is banned: as padding
+                kept, value = ids_of(result.active_experts) or set(range(spec.num_experts)), torch.zeros(())
         inside = mask_of(kept, spec.num_experts)
         assert torch.equal(masked[row], torch.where(inside, value, -INF))
         if arguments["request_ids"][row] >= 0:
@@ -357,7 +572,7 @@ SPEC = RouterSpec(8, 2, "softmax")
 
 
 def test_ties_go_to_the_lower_id():
-    result = route(torch.zeros(4, 8), SPEC, XShareConfig(3))
+    result = route(torch.zeros(4, 8), SPEC, XShareConfig(3, utility="affinity"))
     assert ids_of(result.active_experts) == {0, 1, 2}
     assert result.expert_ids.tolist() == [[0, 1]] * 4
     assert result.expert_weights.tolist() == [[0.125, 0.125]] * 4
@@ -426,21 +641,22 @@ def test_warmup_overflow_of_a_gpu_leaves_the_other_gpus_room():
 
 
 def test_without_warmup_the_batch_decides_alone():
-    rows = peaked((0, 1), (0, 1), (0, 1), (2, 3))
+    rows = peaked((0, 1), (0, 1), (1, 0), (2, 3))
     result = route(rows, SPEC, XShareConfig(2, warmup=0))
     assert ids_of(result.active_experts) == {0, 1}
     assert result.expert_ids[3].tolist() == [0, 1]
 
 
-def test_exempt_experts_are_free_and_exempt_affinity_does_not_count():
+def test_exempt_experts_are_free_and_exempt_utility_does_not_count():
     rows = peaked((6, 7), (0, 1), (0, 2))
     exempt = torch.tensor([True, False, False])
     result = route(rows, SPEC, XShareConfig(2), exempt=exempt)
     assert ids_of(result.active_experts) == {6, 7, 0, 1}  # 6 and 7 do not use up the budget of 2
     assert result.expert_ids[0].tolist() == [6, 7]
-    # Only the two participating rows' affinity: nearly all of 0 (twice) and of 1 (once of two).
-    share = 1 / (1 + torch.e**-1)
-    assert result.stats.kept_utility == pytest.approx(share + (1 - share) / 2, abs=1e-4)
+    # Only the two participating rows' squared weights: those of 0, twice, and of 1; not that of 2.
+    first, second = (1 / (1 + torch.e**-1)) ** 2, (1 / (1 + torch.e)) ** 2
+    kept = (2 * first + second) / (2 * first + 2 * second)
+    assert result.stats.kept_utility == pytest.approx(kept, abs=1e-5)
     assert result.stats.rows == 3
 
 
@@ -464,13 +680,12 @@ def test_a_request_proposes_before_the_batch_decides():
     """Expert 2 is everybody's third choice: the batch alone wants it most, but no request proposes it."""
     logits = torch.tensor([[3.0, 0, 2.9, 0], [0, 3.0, 2.9, 0]])
     spec, ids = RouterSpec(4, 1, "softmax"), torch.tensor([4, 9])
-    flat = route(logits, spec, XShareConfig(1, warmup=0), request_ids=ids)
+    flat = route(logits, spec, XShareConfig(1, warmup=0, utility="affinity"), request_ids=ids)
     assert ids_of(flat.active_experts) == {2}
-    proposed = route(logits, spec, XShareConfig(1, warmup=0, request_budget=1), request_ids=ids)
+    by_request = XShareConfig(1, warmup=0, request_budget=1, utility="affinity")
+    proposed = route(logits, spec, by_request, request_ids=ids)
     assert ids_of(proposed.active_experts) == {0}
-    same_request = route(
-        logits, spec, XShareConfig(1, warmup=0, request_budget=1), request_ids=torch.tensor([4, 4])
-    )
+    same_request = route(logits, spec, by_request, request_ids=torch.tensor([4, 4]))
     assert ids_of(same_request.active_experts) == {2}
 
 
@@ -608,7 +823,7 @@ def test_refusals(call, args, kwargs, message):
 def test_check_names_the_bad_row(call):
     logits = torch.zeros(4, 8)
     logits[2, 3], logits[3, 0] = float("nan"), INF
-    with pytest.raises(ValueError, match=r"router_logits: row 2 has NaN or infinite logits \(2 such rows\)"):
+    with pytest.raises(ValueError, match=r"router_logits: row 2 has NaN or \+inf \(2 such rows\)"):
         call(logits, SPEC, CONFIG, check=True)
     call(logits[:2], SPEC, CONFIG, check=True)
 

@@ -26,6 +26,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from xshare_trtllm import RouterSpec, XShareConfig, mask_logits, route
+from xshare_trtllm.config import UTILITIES
 from xshare_trtllm.reference.route import score
 
 HIDDEN = 24
@@ -116,18 +117,24 @@ def test_off_is_the_models_own_routing(name, seed, dtype):
     assert result.stats.stood_aside
 
 
+@pytest.mark.parametrize("utility", UTILITIES)
 @pytest.mark.parametrize("name", ROUTERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31))
-def test_limits_that_bind_nothing_change_nothing(name, seed):
+def test_limits_that_bind_nothing_change_nothing(name, utility, seed):
     """Through every stage, not by standing aside."""
     router, spec, bias = random_router(name, seed, torch.float32)
     n = spec.num_experts
-    config = XShareConfig(n, gpu_budget=n, request_budget=n, coverage=1.0)
     arguments = {"expert_gpu": torch.arange(n) % 4, "request_ids": torch.arange(16) // 2}
-    _, result = assert_own_routing(router, spec, bias, config, torch.float32, seed + 1, **arguments)
-    assert not result.stats.stood_aside
-    assert result.stats.kept_utility == 1.0
+    every_limit = XShareConfig(n, gpu_budget=n, request_budget=n, coverage=1.0, utility=utility)
+    for config, told in (
+        (every_limit, arguments),
+        (XShareConfig(coverage=1.0, utility=utility), {}),
+        (XShareConfig(coverage=1.0, utility=utility), arguments),
+    ):
+        _, result = assert_own_routing(router, spec, bias, config, torch.float32, seed + 1, **told)
+        assert not result.stats.stood_aside
+        assert result.stats.kept_utility == 1.0
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "mixtral", "olmoe, renormalised", "qwen3_moe"])

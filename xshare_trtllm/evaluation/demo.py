@@ -35,19 +35,22 @@ GPUS = 8  # simulated: each holds a contiguous slice of the experts
 
 SETTINGS: dict[str, XShareConfig | None] = {
     "own routing": None,
-    "budget 40": XShareConfig(40, warmup=2),
-    "budget 36": XShareConfig(36, warmup=2),
-    "budget 32": XShareConfig(32, warmup=2),
-    "budget 28": XShareConfig(28, warmup=2),
-    "budget 24": XShareConfig(24, warmup=2),
-    "budget 32, no warm-up": XShareConfig(32, warmup=0),
-    "budget 36, 5 per GPU": XShareConfig(36, warmup=2, gpu_budget=5),
+    "coverage 0.99": XShareConfig(coverage=0.99),
+    "coverage 0.97": XShareConfig(coverage=0.97),
+    "coverage 0.95": XShareConfig(coverage=0.95),
+    "coverage 0.90": XShareConfig(coverage=0.9),
+    "budget 32": XShareConfig(32),
+    "4 per GPU": XShareConfig(gpu_budget=4),
+    "budget 32, paper's rule": XShareConfig(32, utility="affinity"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting's line of the table; ratios are to the first setting, the model's own routing."""
+    """One setting's line of the table; ratios are to the first setting, the model's own routing.
+
+    peak_gpu_experts is None for a coverage: it is measured on one GPU, and would set the cap of several.
+    """
 
     name: str
     config: dict[str, Any]
@@ -59,7 +62,7 @@ class Row:
     greedy_agreement: float
     tokens_per_second: float
     tokens_per_second_ratio: float
-    peak_gpu_experts: float
+    peak_gpu_experts: float | None
     kept_utility: float
     warmup_overflow: float
 
@@ -110,13 +113,18 @@ def _measure_quality(
     results = {}
     for name, config in SETTINGS.items():
         config = config or XShareConfig.off(spec)
-        with attach(model, config, prefill="stepwise", expert_gpu=expert_gpu) as attached:
+        with attach(model, config, prefill="stepwise", expert_gpu=_placed(config, expert_gpu)) as attached:
             quality = teacher_forced(model, batches, sizes)
             stats = attached.stats
         fields = ("experts_after", "peak_gpu_after", "kept_utility", "warmup_overflow")
         results[name] = quality, {field: mean(getattr(layer, field) for layer in stats) for field in fields}
         progress.advance(task)
     return results
+
+
+def _placed(config: XShareConfig, expert_gpu: Tensor) -> Tensor | None:
+    """The experts' GPUs, but for a coverage: there they would not be counted only, but set the cap."""
+    return None if config.coverage is not None else expert_gpu
 
 
 def _measure_speed(
@@ -131,7 +139,7 @@ def _measure_speed(
     for tokens in batches * ROUNDS:
         for name in order:
             config = SETTINGS[name]
-            with attach(model, config, expert_gpu=expert_gpu) if config else nullcontext():
+            with attach(model, config, expert_gpu=_placed(config, expert_gpu)) if config else nullcontext():
                 output, seconds = greedy_decode(model, tokens[:, :PROMPT], STEPS)
             results[name][0].append(output)
             results[name][1].append(seconds)
@@ -165,7 +173,7 @@ def _rows(
             greedy_agreement=mean(equal),
             tokens_per_second=BATCH * (STEPS - 1) / median(seconds),
             tokens_per_second_ratio=median(gains),
-            peak_gpu_experts=stats["peak_gpu_after"],
+            peak_gpu_experts=None if config and config.coverage else stats["peak_gpu_after"],
             kept_utility=stats["kept_utility"],
             warmup_overflow=stats["warmup_overflow"],
         )
@@ -202,7 +210,7 @@ def _table(rows: list[Row]) -> Table:
             f"{row.greedy_agreement:.0%}",
             f"{row.tokens_per_second:.0f}",
             f"{row.tokens_per_second_ratio - 1:+.1%}",
-            f"{row.peak_gpu_experts:.2f}",
+            "" if row.peak_gpu_experts is None else f"{row.peak_gpu_experts:.2f}",
         )
     return table
 
@@ -221,16 +229,22 @@ def plot(report: dict[str, Any], path: Path) -> None:
         ("tokens_per_second_ratio", "output tokens per second, change in %", "tab:green"),
     )
     for axis, (field, title, colour) in zip(axes, panels, strict=True):
-        for setting in settings:
-            x, y = setting["active_experts"], 100 * (setting[field] - 1)
-            label = setting["name"].removeprefix("budget ")
-            is_variant = "," in label
-            axis.plot(
-                x, y, "s" if is_variant else "o", color=colour, fillstyle="none" if is_variant else "full"
-            )
-            below = {"xytext": (6, -12)} if is_variant else {"xytext": (-6, 6), "ha": "right"}
-            axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **below)
-        axis.set_xlabel("active experts per layer and step; labels are budgets")
+        dial = [row for row in settings if "coverage" in row["name"] or row is settings[0]]
+        axis.plot(
+            [row["active_experts"] for row in dial],
+            [100 * (row[field] - 1) for row in dial],
+            "o-",
+            color=colour,
+            linewidth=1,
+        )
+        for row in settings:
+            x, y = row["active_experts"], 100 * (row[field] - 1)
+            if row not in dial:
+                axis.plot(x, y, "s", color=colour, fillstyle="none")
+            above = {"xytext": (-6, 6), "ha": "right"} if row in dial else {"xytext": (6, -12)}
+            label = row["name"].removeprefix("coverage ")
+            axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **above)
+        axis.set_xlabel("active experts per layer and step; numbers are coverages")
         axis.set_ylabel(title)
         axis.margins(x=0.2, y=0.15)
         axis.grid(alpha=0.3)

@@ -12,18 +12,59 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Quality:
-    """Next-token prediction over some text.
+    """Next-token prediction over documents of equal length.
 
-    bits_per_byte  negative log-likelihood of the text
-    accuracy       share of tokens that have the highest logit
-    predictions    int64 [tokens], the token with the highest logit, for comparing two settings token by token
+    nats         fp64 [documents], negative log-likelihood of each text
+    bytes        int64 [documents], size of each text
+    predictions  int64 [documents, tokens], the token with the highest logit
+    targets      int64 [documents, tokens]
     """
 
-    bits_per_byte: float
-    accuracy: float
+    nats: Tensor
+    bytes: Tensor
     predictions: Tensor
+    targets: Tensor
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / self.bytes.sum()) / math.log(2)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that have the highest logit."""
+        return float(self.hits.mean())
+
+    @property
+    def hits(self) -> Tensor:
+        """fp64 [documents], the accuracy on each."""
+        return (self.predictions == self.targets).double().mean(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Relative changes against a baseline on the same documents, with 95 % intervals (bootstrap of pairs)."""
+
+    bits_per_byte: float
+    bits_interval: tuple[float, float]
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+
+
+def compare(quality: Quality, base: Quality, resamples: int = 2000) -> Change:
+    """How `quality` differs from `base`: documents are drawn with replacement, both sides the same ones."""
+    documents = len(base.nats)
+    picks = torch.randint(documents, (resamples, documents), generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+
+    def relative(mine: Tensor, theirs: Tensor) -> tuple[float, tuple[float, float]]:
+        low, high = (mine[picks].sum(1) / theirs[picks].sum(1) - 1).quantile(bounds).tolist()
+        return float(mine.sum() / theirs.sum()) - 1, (low, high)
+
+    bits, bits_interval = relative(quality.nats, base.nats)
+    accuracy, accuracy_interval = relative(quality.hits, base.hits)
+    return Change(bits, bits_interval, accuracy, accuracy_interval)
 
 
 @torch.inference_mode()
@@ -32,20 +73,14 @@ def teacher_forced(model: nn.Module, batches: Iterable[Tensor], token_bytes: Ten
 
     With XShare attached `stepwise`, every position is routed as the decode step that it would be.
     """
-    nats, size = 0.0, 0
-    hits, predictions = [], []
+    parts = []
     for tokens in batches:
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
         targets = tokens[:, 1:]
-        nats += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        size += int(token_bytes[targets].sum())
-        predictions.append(logits.argmax(-1).flatten())
-        hits.append(predictions[-1] == targets.flatten())
-    return Quality(
-        bits_per_byte=nats / math.log(2) / size,
-        accuracy=float(torch.cat(hits).float().mean()),
-        predictions=torch.cat(predictions),
-    )
+        nats = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        size = token_bytes[targets.cpu()].sum(1)
+        parts.append((nats.double().sum(1).cpu(), size, logits.argmax(-1).cpu(), targets.cpu()))
+    return Quality(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.inference_mode()

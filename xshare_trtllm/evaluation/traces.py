@@ -1,6 +1,7 @@
 """Router-logit traces of a model, and routers of any shape that behave like those of the traces.
 
-    python -m xshare_trtllm.evaluation.traces    # fit the shipped model again, into its router_fit.json
+    python -m xshare_trtllm.evaluation.traces                 # fit the shipped model again
+    python -m xshare_trtllm.evaluation.traces --trace FILE    # the moments of gpt-oss-20b's choices again
 
 A `LayerFit` says how a layer's logits vary, in three parts (a random-effects model): a bias of each expert,
 a component of the document, and a component of the token that decays along the text. The spectra of the two
@@ -8,6 +9,10 @@ covariances are estimated from the traces; `SyntheticRouters` draws experts as r
 that they span, so any number of experts can be drawn. That Gaussian decides the order of a row's experts; how
 far apart their logits are comes from the traces' mean sorted row, read as a function of the normal quantile
 of the rank, for a Gaussian alone has lighter tails than a trained router.
+
+Of a large model often only the choices are known, not the logits. `ChoiceMoments` keeps two things of them,
+and routers drawn with it have both: how unequally popular the experts are (which alone decides how many
+experts a batch of independent requests activates), and how unequal the weights of a row are.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +35,7 @@ from xshare_trtllm.report import write_json
 from xshare_trtllm.routing import route
 
 FIT = MODEL_DIR / "router_fit.json"
+CHOICES = MODEL_DIR.parent / "gpt-oss-20b.choices.json"
 LENGTH = 256  # tokens of a document in the shipped fit
 
 
@@ -149,6 +156,70 @@ def _layer_fit(values: dict[str, Any]) -> LayerFit:
     return LayerFit(**fields)
 
 
+# ---- What choices alone tell ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceMoments:
+    """How a router chooses, means over its layers, from the ids and weights of its own top-k.
+
+    origin           model, text and source
+    top_k            experts per row
+    popularity       share of the rows that choose each expert, ascending: E values with the sum top_k
+    squared_weights  sum of the squares of a row's weights, these divided by their sum: 1 / top_k where all
+                     are equal, 1 where one has everything
+    """
+
+    origin: str
+    top_k: int
+    popularity: tuple[float, ...]
+    squared_weights: float
+
+
+def choice_moments(ids: Tensor, weights: Tensor, experts: int, origin: str) -> ChoiceMoments:
+    """From ids and weights [rows, layers, k] of a router's own choice among `experts`."""
+    rows, layers, top_k = ids.shape
+    by_layer = ids.long().transpose(0, 1).flatten(1)
+    counts = torch.zeros(layers, experts, dtype=torch.int64)
+    counts.scatter_add_(1, by_layer, torch.ones_like(by_layer))
+    popularity = (counts.double() / rows).sort(-1).values.mean(0)
+    shares = weights.double() / weights.double().sum(-1, keepdim=True)
+    return ChoiceMoments(
+        origin=origin,
+        top_k=top_k,
+        popularity=tuple(_rounded(value) for value in popularity),
+        squared_weights=_rounded(shares.square().sum(-1).mean()),
+    )
+
+
+@cache
+def load_choices(path: Path = CHOICES) -> ChoiceMoments:
+    """What the JSON at `path` holds; by default those of gpt-oss-20b."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return ChoiceMoments(**values | {"popularity": tuple(values["popularity"])})
+
+
+def load_trace(path: Path) -> tuple[Tensor, Tensor]:
+    """Ids and weights of a trace of choices, `expert_ids` and `expert_weights` of an .npz file: int64 and
+    fp32 [requests, tokens, layers, k].
+
+    Raises OSError where there is no such file and ValueError where it is of another form.
+    """
+    import numpy
+
+    with numpy.load(path) as file:
+        if not {"expert_ids", "expert_weights"} <= set(file):
+            raise ValueError(f"{path}: has {', '.join(file)}; expert_ids and expert_weights are needed")
+        ids = torch.from_numpy(file["expert_ids"].astype("int64"))
+        weights = torch.from_numpy(file["expert_weights"].astype("float32"))
+    if ids.dim() != 4 or ids.shape != weights.shape:
+        raise ValueError(
+            f"{path}: ids {list(ids.shape)}, weights {list(weights.shape)}; both must be "
+            "[requests, tokens, layers, k]"
+        )
+    return ids, weights
+
+
 # ---- Routers drawn from it --------------------------------------------------------------------------------
 
 
@@ -157,11 +228,24 @@ class SyntheticRouters:
 
     `spec` gives the number of experts and where the zero of the logits lies: the top_k-th expert of each row
     has logit 0. Only sigmoid routers feel that (their k-th expert has affinity 1/2); it is an assumption.
+    `moments`: the experts' popularity and the rows' squared weights are as there, not as in the fit. With
+    another number of experts the popularity relative to the mean is what carries over.
     """
 
-    def __init__(self, layers: tuple[LayerFit, ...], spec: RouterSpec, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layers: tuple[LayerFit, ...],
+        spec: RouterSpec,
+        seed: int = 0,
+        moments: ChoiceMoments | None = None,
+    ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._layers = [_Router(layer, spec, self._generator) for layer in layers]
+        if moments is not None:
+            scale = _logit_scale(layers, moments)
+            for router in self._layers:
+                router.profile *= scale
+                router.make_popular(_popularity(moments, spec), spec.top_k, self._generator)
 
     def logits(self, documents: int, length: int = 1) -> Tensor:
         """Router logits of `documents` new documents, fp32 [layers, documents, length, E]."""
@@ -178,18 +262,60 @@ class _Router:
         self.bias = layer.bias_variance**0.5 * torch.randn(experts, generator=generator)
         self.document = _directions(layer.document_variances, fitted, experts, generator)
         self.token = _directions(layer.token_variances, fitted, experts, generator)
-        profile = _interpolate(_quantiles(experts), _quantiles(fitted), torch.tensor(layer.profile))
+        profile = _profile(layer, experts)
         self.profile = profile - profile[experts - spec.top_k]
 
     def logits(self, documents: int, length: int, generator: torch.Generator) -> Tensor:
+        order = (self.bias + self._varying(documents, length, generator)).argsort(-1)
+        logits: Tensor = torch.empty(order.shape).scatter_(-1, order, self.profile.expand(order.shape))
+        return logits
+
+    def _varying(self, documents: int, length: int, generator: torch.Generator) -> Tensor:
+        """What documents and tokens add to the biases, [documents, length, E]."""
         shared = torch.randn(documents, 1, self.document.shape[1], generator=generator) @ self.document.T
         noise = torch.randn(documents, length, self.token.shape[1], generator=generator)
         carry = self.lag_correlation
         for t in range(1, length):
             noise[:, t] = carry * noise[:, t - 1] + (1 - carry**2) ** 0.5 * noise[:, t]
-        order = (self.bias + shared + noise @ self.token.T).argsort(-1)
-        logits: Tensor = torch.empty(order.shape).scatter_(-1, order, self.profile.expand(order.shape))
-        return logits
+        return shared + noise @ self.token.T
+
+    def make_popular(self, popularity: Tensor, top_k: int, generator: torch.Generator) -> None:
+        """Sets the biases so that the experts, in random order, are chosen by these shares of the rows [E].
+
+        An expert is chosen about where its logit exceeds a threshold, so probits of the shares differ as the
+        biases do; a few corrections by what the drawn rows choose make it exact to the noise of the sample.
+        """
+        wanted = torch.special.ndtri(popularity[torch.randperm(len(popularity), generator=generator)])
+        rows = self._varying(2048, 1, generator)[:, 0]
+        self.bias = rows.std() * wanted
+        for _ in range(5):
+            chosen = own_choice(rows + self.bias, top_k).sum(0)
+            shares = (chosen + 0.5) / (len(rows) + 1)  # never 0 or 1, which have no probit
+            self.bias += rows.std() * (wanted - torch.special.ndtri(shares))
+
+
+def _profile(layer: LayerFit, experts: int) -> Tensor:
+    """The mean sorted row, ascending, with that many experts."""
+    return _interpolate(_quantiles(experts), _quantiles(len(layer.profile)), torch.tensor(layer.profile))
+
+
+def _popularity(moments: ChoiceMoments, spec: RouterSpec) -> Tensor:
+    """[E] fp32, ascending: share of the rows that choose each of the experts of `spec`."""
+    relative = torch.tensor(moments.popularity) * len(moments.popularity) / moments.top_k
+    at, known = ((torch.arange(n) + 0.5) / n for n in (spec.num_experts, len(relative)))
+    shares = _interpolate(at, known, relative).clamp(min=1e-3) * spec.top_k / spec.num_experts
+    return (shares * spec.top_k / shares.sum()).clamp(max=0.99)
+
+
+def _logit_scale(layers: tuple[LayerFit, ...], moments: ChoiceMoments) -> float:
+    """What to multiply the fit's logits by for rows with the squared weights of `moments`; by bisection."""
+    best = torch.stack([_profile(layer, len(moments.popularity))[-moments.top_k :] for layer in layers])
+    low, high = 0.0, 8.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        is_flat = float((middle * best).softmax(-1).square().sum(-1).mean()) < moments.squared_weights
+        low, high = (middle, high) if is_flat else (low, middle)
+    return (low + high) / 2
 
 
 def _directions(
@@ -224,18 +350,16 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
 class ExpertLoad:
     """Means over layers and decode steps.
 
-    experts        distinct experts that the rows use
-    peak_experts   of them on the GPU that has most
-    peak_rows      row-expert assignments on the GPU that has most of those
-    kept_utility  share of the affinity to all experts that is to experts in use (1 for the own routing)
-    kept_choice    affinity to the chosen experts over affinity to the model's own top-k choice
+    experts       distinct experts that the rows use
+    peak_experts  of them on the GPU that has most
+    peak_rows     row-expert assignments on the GPU that has most of those
+    kept_utility  share of the rows' utility that is to experts in use (1 for the own routing)
     """
 
     experts: float
     peak_experts: float
     peak_rows: float
     kept_utility: float
-    kept_choice: float
 
 
 def gpu_load(ids: Tensor, weights: Tensor, expert_gpu: Tensor, gpus: int) -> tuple[float, float, float]:
@@ -255,25 +379,18 @@ def gpu_load(ids: Tensor, weights: Tensor, expert_gpu: Tensor, gpus: int) -> tup
 def simulate(
     logits: Tensor, spec: RouterSpec, config: XShareConfig, expert_gpu: Tensor, gpus: int = 1
 ) -> ExpertLoad:
-    """Routes decode steps [layers, steps, rows, E]; expert_gpu [layers, E], from 0 to gpus - 1."""
+    """Routes decode steps [layers, steps, rows, E]; expert_gpu [layers, E], from 0 to gpus - 1. With one GPU
+    a coverage limits the layer, not the GPU."""
     parts = []
     for layer, (steps, placement) in enumerate(zip(logits, expert_gpu, strict=True)):
-        routed = [route(step, spec, config.for_layer(layer), expert_gpu=placement) for step in steps]
+        given = placement if gpus > 1 else None
+        routed = [route(step, spec, config.for_layer(layer), expert_gpu=given) for step in steps]
         ids = torch.stack([routing.expert_ids for routing in routed])
         weights = torch.stack([routing.expert_weights for routing in routed])
         kept = sum(routing.stats.kept_utility for routing in routed) / len(routed)
-        choice = kept_choice(steps, ids, weights, spec)
-        parts.append((*gpu_load(ids, weights, placement, gpus), kept, choice))
+        parts.append((*gpu_load(ids, weights, placement, gpus), kept))
     means = [sum(values) / len(parts) for values in zip(*parts, strict=True)]
     return ExpertLoad(*means)
-
-
-def kept_choice(logits: Tensor, ids: Tensor, weights: Tensor, spec: RouterSpec) -> float:
-    """Affinity to the chosen experts over that to each row's own top-k; logits [steps, rows, E]."""
-    affinity = logits.sigmoid() if spec.scoring == "sigmoid_bias" else logits.softmax(-1)
-    chosen = affinity.gather(-1, ids.long())[weights > 0].sum()
-    own = route(logits.flatten(0, 1), spec, XShareConfig.off(spec)).expert_ids.view(ids.shape)
-    return float(chosen / affinity.gather(-1, own.long()).sum())
 
 
 # ---- What to compare --------------------------------------------------------------------------------------
@@ -290,7 +407,7 @@ def statistics(logits: Tensor, top_k: int, batches: Iterable[int] = (4, 8, 16, 3
     """What a fit is judged by, from traces [layers, documents, length, E] of a softmax router.
 
     distinct_experts  {batch: mean over layers and steps of the experts that a step activates}
-    kept_utility     {batch: share of the softmax that the E * 3/8 best experts of a step keep}
+    kept_affinity     {batch: share of the softmax that the E * 3/8 best experts of a step keep}
     overlap           share of its top_k that a token has in common with one `lag` later in its document
                       ("1", "2", "4", "16") and with one of another document ("other")
     """
@@ -306,7 +423,7 @@ def statistics(logits: Tensor, top_k: int, batches: Iterable[int] = (4, 8, 16, 3
     pairs = {str(lag): (chosen[:, :, lag:], chosen[:, :, :-lag]) for lag in (1, 2, 4, 16)}
     pairs["other"] = chosen[:, 1:], chosen[:, :-1]
     overlap = {name: float((a & b).sum(-1).float().mean()) / top_k for name, (a, b) in pairs.items()}
-    return {"distinct_experts": distinct, "kept_utility": kept, "overlap": overlap}
+    return {"distinct_experts": distinct, "kept_affinity": kept, "overlap": overlap}
 
 
 def record_shipped() -> Tensor:
@@ -317,5 +434,27 @@ def record_shipped() -> Tensor:
     return record(model, token_batches(held_out(), tokenizer, LENGTH))
 
 
+def record_choices(path: Path) -> ChoiceMoments:
+    """Of the trace of gpt-oss-20b: 96 requests, 160 decode tokens each."""
+    ids, weights = load_trace(path)
+    return choice_moments(
+        ids.flatten(0, 1),
+        weights.flatten(0, 1),
+        experts=32,
+        origin="openai/gpt-oss-20b, 96 requests of public test sets (MMLU, GPQA, ...), 160 decode tokens "
+        "each, 24 layers; from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting (Apache-2.0)",
+    )
+
+
+@click.command()
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of gpt-oss-20b.")
+def main(trace: Path | None) -> None:
+    """Fit the shipped model's routers, or with --trace the moments of gpt-oss-20b's choices."""
+    if trace is None:
+        save_fit(FIT, fit(record_shipped()))
+    else:
+        write_json(CHOICES, asdict(record_choices(trace)))
+
+
 if __name__ == "__main__":
-    save_fit(FIT, fit(record_shipped()))
+    main()

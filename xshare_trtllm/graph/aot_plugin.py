@@ -27,7 +27,7 @@ from types import GenericAlias
 from typing import Any
 
 from xshare_trtllm import __version__
-from xshare_trtllm.config import SCORINGS, RouterSpec, XShareConfig
+from xshare_trtllm.config import NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
 from xshare_trtllm.graph.inputs import GraphInputs
 from xshare_trtllm.graph.routing import INPUT_NAMES, Outputs
 
@@ -39,7 +39,6 @@ COMPUTE_CAPABILITIES = {"SM80": 80, "SM90": 90}  # and what is newer; SM90 with 
 _MAX_CLUSTER = 8  # kPortableTeamSize of plugins/cuda/args.h
 _TEAM_ROWS = 8  # kTeamRows of plugins/cuda/args.h
 _EXPERTS_PER_LANE = (1, 2, 4, 8, 12, 16)  # kExpertsPerLane of plugins/cuda/plan.h
-_INT32_MAX = 2**31 - 1
 _LOGITS_TYPES = ("FLOAT", "BF16", "HALF")  # names in tensorrt.DataType, in the order of xshare_dtype
 _INPUT_TYPES = {"correction_bias": "FLOAT", "request_ids": "INT32", "exempt": "BOOL", "expert_gpu": "INT32"}
 _OUTPUT_TYPES = ("INT32", "FLOAT", "BOOL")
@@ -163,7 +162,6 @@ class StepKernel:
     def settings(self) -> dict[str, str]:
         """The macros of plugins/cuda/aot.cu, without the prefix XSHARE_AOT_ and without NAME."""
         spec, config = self.spec, self.config
-        assert isinstance(config.budget, int)  # GraphInputs.check
         scaling = struct.unpack("f", struct.pack("f", spec.routed_scaling_factor))[0]
         numbers: dict[str, int] = {
             "num_experts": spec.num_experts,
@@ -172,11 +170,12 @@ class StepKernel:
             "num_groups": spec.num_groups,
             "top_k_groups": spec.top_k_groups,
             "logits_dtype": _LOGITS_TYPES.index(self.logits_type),
-            "budget": min(config.budget, _INT32_MAX),
+            "budget": config.layer_budget,
             "warmup": config.warmup,
-            "request_budget": min(config.request_budget or 0, _INT32_MAX),
-            "gpu_budget": min(config.gpu_budget or 0, _INT32_MAX),
-            "max_rows": -1 if config.max_rows is None else min(config.max_rows, _INT32_MAX),
+            "request_budget": min(config.request_budget or 0, NO_LIMIT),
+            "gpu_budget": min(config.gpu_budget or 0, NO_LIMIT),
+            "max_rows": -1 if config.max_rows is None else min(config.max_rows, NO_LIMIT),
+            "utility": UTILITIES.index(config.utility),
             **{f"has_{name}": int(getattr(self.inputs, name)) for name in INPUT_NAMES[1:]},
             "experts_per_lane": self.experts_per_lane,
             "blocks": self.num_blocks,
@@ -184,7 +183,7 @@ class StepKernel:
         }
         return {name.upper(): str(number) for name, number in numbers.items()} | {
             "ROUTED_SCALING_FACTOR": f"{scaling.hex()}f",
-            "MIN_COVERAGE": (config.min_coverage or 0.0).hex(),
+            "COVERAGE": (config.coverage or 0.0).hex(),
         }
 
     @property

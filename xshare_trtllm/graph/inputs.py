@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
 
+LEAST_COVERAGE = 2.0**-16  # so that its product with a sum of utilities fits an int64
+
 
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
@@ -24,7 +26,8 @@ class GraphInputs:
 
     @classmethod
     def needed_by(cls, spec: RouterSpec, config: XShareConfig, *, exempt: bool = False) -> GraphInputs:
-        """What the router and the stages that are switched on cannot do without."""
+        """What the router and the stages that are switched on cannot do without. With `expert_gpu` besides, a
+        coverage limits the fullest GPU."""
         return cls(
             correction_bias=spec.scoring == "sigmoid_bias",
             request_ids=config.request_budget is not None,
@@ -35,9 +38,13 @@ class GraphInputs:
     def check(self, spec: RouterSpec, config: XShareConfig) -> None:
         """Raises ValueError where router, configuration and inputs do not fit together."""
         config.check(spec)
-        if not isinstance(config.budget, int):
+        if isinstance(config.budget, tuple):
             raise ValueError(
                 "XShareConfig(budget=one per layer): a graph routes one layer, use config.for_layer(i)"
+            )
+        if config.coverage is not None and config.coverage < LEAST_COVERAGE:
+            raise ValueError(
+                f"XShareConfig(coverage={config.coverage}): a graph takes coverages from {LEAST_COVERAGE} on"
             )
         if self.correction_bias and spec.scoring != "sigmoid_bias":
             raise ValueError(f"correction_bias: only sigmoid_bias has one, the scoring is {spec.scoring}")

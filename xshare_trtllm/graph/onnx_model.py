@@ -16,20 +16,21 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from xshare_trtllm import __version__
-from xshare_trtllm.config import RouterSpec, XShareConfig
+from xshare_trtllm.config import NO_LIMIT, RouterSpec, XShareConfig
 from xshare_trtllm.graph import routing
 from xshare_trtllm.graph.inputs import GraphInputs
 from xshare_trtllm.graph.ops import Binary, DType, Unary
 from xshare_trtllm.report import write_aside
 
-DOMAIN, NAME, VERSION = "xshare", "XShareRouting", "1"
+# The version of the node's attributes, as the plugin's: one that reads others does not know this name and
+# version, so it never misreads them.
+DOMAIN, NAME, VERSION = "xshare", "XShareRouting", "2"
 OPSET, IR_VERSION = 18, 9
 
 _TYPES = {
     "float32": TensorProto.FLOAT,
     "bfloat16": TensorProto.BFLOAT16,
     "float16": TensorProto.FLOAT16,
-    "float64": TensorProto.DOUBLE,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
     "bool": TensorProto.BOOL,
@@ -55,16 +56,13 @@ def make_model(
 
     Inputs are router_logits [rows, E] of `dtype` (float32, bfloat16 or float16) and those of `inputs`
     (default: what router and configuration need); outputs are expert_ids int32 [rows, k], expert_weights
-    float32 [rows, k] and active_experts bool [E]. `min_coverage` is rounded to the float32 of an ONNX
+    float32 [rows, k] and active_experts bool [E]. `coverage` is rounded to the float32 of an ONNX
     attribute. Without `body` only TensorRT with the plugin can run it.
 
     Raises ValueError where the arguments do not fit together.
     """
     if dtype not in LOGITS_DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be {', '.join(LOGITS_DTYPES)}")
-    if config.min_coverage is not None:
-        rounded = float(np.float32(config.min_coverage))
-        config = config.model_copy(update={"min_coverage": rounded})
     inputs = GraphInputs.needed_by(spec, config) if inputs is None else inputs
     inputs.check(spec, config)
     names = ["router_logits", *inputs.names()]
@@ -94,7 +92,7 @@ def make_model(
     return helper.make_model(
         graph,
         functions=[_function(spec, config, names, list(node.attribute))] if body else [],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, int(VERSION))],
         ir_version=IR_VERSION,
         producer_name="xshare-trtllm",
         producer_version=__version__,
@@ -110,21 +108,20 @@ def save_model(path: Path, model: onnx.ModelProto) -> None:
 
 def plugin_attributes(spec: RouterSpec, config: XShareConfig, inputs: GraphInputs) -> dict[str, Any]:
     """The fields of the TensorRT plugin: those that differ from the plugin's defaults or are required."""
-    assert isinstance(config.budget, int)
     values: dict[str, Any] = {
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
         "scoring": spec.scoring,
-        "budget": min(config.budget, 2**31 - 1),
+        "utility": config.utility,
         "num_groups": spec.num_groups,
         "top_k_groups": spec.top_k_groups,
         "routed_scaling_factor": spec.routed_scaling_factor,
         "warmup": config.warmup,
         "has_active_experts": 1,
     }
-    for name in ("request_budget", "gpu_budget", "max_rows", "min_coverage"):
+    for name in ("budget", "request_budget", "gpu_budget", "max_rows", "coverage"):
         if (value := getattr(config, name)) is not None:
-            values[name] = min(value, 2**31 - 1)
+            values[name] = min(value, NO_LIMIT)
     return values | {f"has_{name}": 1 for name in inputs.names()}
 
 

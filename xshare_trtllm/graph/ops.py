@@ -10,15 +10,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-DType = Literal["float32", "float64", "int32", "int64", "bool"]
+DType = Literal["float32", "int32", "int64", "bool"]
 Binary = Literal["Add", "Sub", "Mul", "Div", "Min", "Max", "Less", "Greater", "Equal", "And", "Or"]
-Unary = Literal["Abs", "Neg", "Floor", "Round", "Not", "IsNaN", "IsInf"]
+Unary = Literal["Abs", "Neg", "Floor", "Round", "Not", "IsNaN"]
 
 
 class Ops(Protocol):
     def constant(self, value: npt.NDArray[np.generic]) -> Any: ...
 
-    def binary(self, kind: Binary, a: Any, b: Any) -> Any: ...
+    def binary(self, kind: Binary, a: Any, b: Any) -> Any:
+        """`Div` of integers that are not negative drops the remainder."""
+        ...
 
     def unary(self, kind: Unary, a: Any) -> Any:
         """`Round` rounds half to even."""

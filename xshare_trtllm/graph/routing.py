@@ -19,6 +19,8 @@ from xshare_trtllm.graph.ops import Ops
 INPUT_NAMES = ("router_logits", "correction_bias", "request_ids", "exempt", "expert_gpu")
 OUTPUT_NAMES = ("expert_ids", "expert_weights", "active_experts")
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class Outputs(NamedTuple):
     """expert_ids [T, k] int32, expert_weights [T, k] float32, active_experts [E] bool"""
@@ -45,21 +47,23 @@ class _Routing:
         self.request_ids = self._rows(tensors.get("request_ids"))
         self.expert_gpu = tensors.get("expert_gpu")
         logits = ops.cast(tensors["router_logits"], "float32")
-        self.real = self._real_rows(logits)
+        self.banned = ops.binary("Less", logits, self._float(-_LARGEST))
+        self.readable = self._readable_rows(logits)
+        self.logits = ops.where(self.readable, logits, self._float(0.0))
+        self.affinity, self.ranking = self._score(tensors.get("correction_bias"))
+        self.real = self._real_rows()
         exempt = self._rows(tensors.get("exempt"))
         self.exempt = None if exempt is None else self._and(exempt, self.real)
         self.participating = self.real if exempt is None else self._and(self.real, self._not(exempt))
-        self.logits = ops.where(self.real, logits, self._float(0.0))
-        self.affinity, self.ranking = self._score(tensors.get("correction_bias"))
         _, self.own = ops.top_k(self.ranking, spec.top_k, axis=1)
 
     def outputs(self) -> Outputs:
         ops = self.ops
         active = self._active()
-        chosen, valid = self._refine(active)
+        chosen, valid, served = self._refine(active)
         weights = self._weigh(chosen, valid)
-        ids = ops.where(self.real, chosen, self._lowest_ids(active))
-        weights = ops.where(self.real, weights, self._float(0.0))
+        ids = ops.where(served, chosen, self._lowest_ids(active))
+        weights = ops.where(served, weights, self._float(0.0))
         return Outputs(ids, weights, ops.reshape(active, (self.experts,)))
 
     # ---- Stages 0 and 2 to 4: the set S -------------------------------------------------------------------
@@ -75,26 +79,48 @@ class _Routing:
             return active
         rows = self.ops.reduce_sum(self.ops.cast(self.real, "int64"), axis=0)
         aside = self.ops.binary("Greater", rows, self._int(config.max_rows))
-        return self.ops.binary("Or", self._and(aside, before), self._and(self._not(aside), active))
+        return self._or(self._and(aside, before), self._and(self._not(aside), active))
 
     def _selected(self) -> Any:
-        """[1, E] bool: exempt experts, warm-up, and the best others within the budgets."""
-        ops, config = self.ops, self.config
-        warm = self._experts_of(self.participating, config.warmup)
+        """[1, E] bool: exempt experts, warm-up, and the best others within the limits."""
+        warm = self._experts_of(self.participating, self.config.warmup)
         free = None
         if self.exempt is not None:
             free = self._experts_of(self.exempt, self.spec.top_k)
         counted = warm if free is None else self._and(warm, self._not(free))
-        chosen = warm if free is None else ops.binary("Or", warm, free)
-        fixed = ops.binary("Mul", self._fixed_point(), ops.cast(self.participating, "int64"))
-        utility = self._utility(fixed)
-        return ops.binary("Or", chosen, self._greedy(utility, chosen, counted))
+        chosen = warm if free is None else self._or(warm, free)
+        return self._or(chosen, self._greedy(self._column_utility(), free, chosen, counted))
 
-    def _utility(self, fixed: Any) -> Any:
-        """u [1, E] int64 from the affinities [T, E] int64 of the participating rows."""
+    # ---- Utility ------------------------------------------------------------------------------------------
+
+    def _column_utility(self) -> Any:
+        """u [1, E] int64, over the participating rows."""
+        fixed = self._affinity() if self.config.utility == "affinity" else self._squared_weights()
         if self.config.request_budget is None:
             return self.ops.reduce_sum(fixed, axis=0)
         return self._proposed(fixed, min(self.config.request_budget, self.experts))
+
+    def _affinity(self) -> Any:
+        """[T, E] int64; 0 in rows that take no part."""
+        ops = self.ops
+        fixed = ops.binary("Mul", self._fixed_point(self.affinity), ops.cast(self.participating, "int32"))
+        return ops.cast(fixed, "int64")
+
+    def _squared_weights(self) -> Any:
+        """[T, E] int64: of the row's own choice; 0 elsewhere and in rows that take no part."""
+        ops = self.ops
+        weights = self._choice_weights(self.own, None)
+        fixed = self._fixed_point(ops.binary("Mul", weights, weights))
+        fixed = ops.binary("Mul", fixed, ops.cast(self.participating, "int32"))
+        return ops.cast(self._spread(self.own, fixed, self.experts), "int64")
+
+    def _fixed_point(self, utility: Any) -> Any:
+        """round(d * 2^20), half up, int32."""
+        ops = self.ops
+        x = ops.binary("Mul", utility, self._float(2.0**20))
+        whole = ops.unary("Floor", x)
+        rounds_down = ops.binary("Less", ops.binary("Sub", x, whole), self._float(0.5))
+        return ops.binary("Add", ops.cast(whole, "int32"), ops.cast(self._not(rounds_down), "int32"))
 
     def _proposed(self, fixed: Any, request_budget: int) -> Any:
         """Each request's column sums, at the experts that it proposes. All rows of a request find the same
@@ -106,7 +132,7 @@ class _Routing:
         per_request = self._exact_matmul(ops.cast(same, "float32"), fixed)
         _, best = ops.top_k(per_request, request_budget, axis=1)
 
-        number = ops.cumulative_sum(ops.cast(ops.binary("Or", rows, self._true()), "int32"), axis=0)
+        number = ops.cumulative_sum(ops.cast(self._or(rows, self._true()), "int32"), axis=0)
         earlier = self._and(same, ops.binary("Less", ops.transpose(number), number))
         is_later = ops.reduce_sum(ops.cast(earlier, "int32"), axis=1)
         first = self._and(rows, ops.binary("Equal", is_later, self._int(0, "int32")))
@@ -123,66 +149,103 @@ class _Routing:
         high_sum, low_sum = (ops.cast(ops.matmul(same, half), "int64") for half in (high, low))
         return ops.binary("Add", ops.binary("Mul", high_sum, self._int(1024)), low_sum)
 
-    def _greedy(self, utility: Any, chosen: Any, counted: Any) -> Any:
-        """[1, E] bool: the experts that the walk by utility adds. [E, E] is [expert, other expert]."""
+    # ---- The walk by utility. [E, E] is [expert, other expert] --------------------------------------------
+
+    def _greedy(self, utility: Any, free: Any, chosen: Any, counted: Any) -> Any:
+        """[1, E] bool: the experts that the walk adds to the chosen ones."""
         ops, config = self.ops, self.config
-        assert isinstance(config.budget, int)
+        before = self._walked_before(utility)
+        eligible = self._and(ops.binary("Greater", utility, self._int(0)), self._not(chosen))
+        coverage, gpu_budget = config.coverage, None
+        if config.gpu_budget is not None:
+            gpu_budget = self._int(config.gpu_budget)
+        elif coverage is not None and self.expert_gpu is not None:
+            gpu_budget, coverage = self._gpu_cap(utility, before, free, coverage), None
+        if gpu_budget is not None:
+            ahead = self._and(self._same_gpu(), self._or(counted, self._and(before, eligible)))
+            eligible = self._and(eligible, ops.binary("Less", self._count(ahead), gpu_budget))
+
+        ahead, added = self._and(before, eligible), eligible
+        if config.layer_budget < self.experts:
+            room = ops.binary("Sub", self._int(config.layer_budget), self._count(counted))
+            added = self._and(added, ops.binary("Less", self._count(ahead), room))
+        if coverage is not None:
+            so_far = self._or(chosen, ahead)
+            ends = self._is_enough(so_far, utility, self._int(self.spec.top_k), coverage)
+            added = self._and(added, self._not(ends))
+        return added
+
+    def _walked_before(self, utility: Any) -> Any:
+        """[E, E] bool: the other expert comes first."""
+        ops = self.ops
         place = ops.constant(np.arange(self.experts, 0, -1, dtype=np.int64)[None])
         key = ops.binary("Add", ops.binary("Mul", utility, self._int(2 * MAX_EXPERTS)), place)
-        candidate = self._and(self._not(chosen), ops.binary("Greater", utility, self._int(0)))
-        before = ops.binary("Greater", key, ops.transpose(key))  # the other expert is walked first
+        return ops.binary("Greater", key, ops.transpose(key))
 
-        eligible = candidate
-        if config.gpu_budget is not None:
-            eligible = self._and(candidate, self._fits_its_gpu(before, candidate, counted, config.gpu_budget))
-        rank = self._count(self._and(before, eligible))
-        room = ops.binary("Sub", self._int(config.budget), self._count(counted))
-        added = self._and(eligible, ops.binary("Less", rank, room))
-        if config.min_coverage is None:
-            return added
-        return self._and(added, self._not(self._covered(utility, chosen, self._and(before, eligible))))
+    def _same_gpu(self) -> Any:
+        """[E, E] bool"""
+        gpu = self.ops.reshape(self.expert_gpu, (1, self.experts))
+        return self.ops.binary("Equal", gpu, self.ops.transpose(gpu))
 
-    def _fits_its_gpu(self, before: Any, candidate: Any, counted: Any, gpu_budget: int) -> Any:
-        """[1, E] bool: fewer than the budget are on the expert's GPU, counted or to be added before it."""
+    def _gpu_cap(self, utility: Any, before: Any, free: Any, coverage: float) -> Any:
+        """[1, 1] int64: the smallest number of each GPU's most useful experts, beyond the free ones, that is
+        enough. Every number is tried, [E numbers, E]; those that are not enough are the smaller ones."""
         ops = self.ops
-        gpu = ops.reshape(self.expert_gpu, (1, self.experts))
-        same_gpu = ops.binary("Equal", gpu, ops.transpose(gpu))
-        ahead = ops.binary("Or", counted, self._and(before, candidate))
-        return ops.binary("Less", self._count(self._and(same_gpu, ahead)), self._int(gpu_budget))
+        useful = ops.binary("Greater", utility, self._int(0))
+        if free is not None:
+            useful = self._and(useful, self._not(free))
+        place = self._count(self._and(self._same_gpu(), self._and(before, useful)))
+        caps = ops.constant(np.arange(self.experts, dtype=np.int64)[:, None])
+        kept, everything = self._and(useful, ops.binary("Less", place, caps)), useful
+        if free is not None:
+            kept, everything = self._or(kept, free), self._or(useful, free)
+        at_least = ops.binary("Min", self._int(self.spec.top_k), self._count(everything))
+        too_small = self._not(self._is_enough(kept, utility, at_least, coverage))
+        return self._count(too_small)
 
-    def _covered(self, utility: Any, chosen: Any, ahead: Any) -> Any:
-        """[1, E] bool: what is in S when the walk reaches the expert keeps enough. Compared in float64."""
-        ops, share = self.ops, self.config.min_coverage
-        assert share is not None
-        in_set = ops.binary("Or", chosen, ahead)
-        kept = ops.reduce_sum(ops.binary("Mul", ops.cast(in_set, "int64"), utility), axis=1)
-        total = ops.reduce_sum(utility, axis=1)
-        wanted = ops.binary("Mul", ops.cast(total, "float64"), ops.constant(np.array([[share]], np.float64)))
-        is_short = ops.binary("Less", ops.cast(ops.transpose(kept), "float64"), wanted)
+    def _is_enough(self, sets: Any, utility: Any, at_least: Any, coverage: float) -> Any:
+        """Of sets [n, E] bool: [1, n] bool, whether they keep the coverage in so many experts or more."""
+        ops = self.ops
+        kept = ops.reduce_sum(ops.binary("Mul", ops.cast(sets, "int64"), utility), axis=1)
+        wanted = least_share(ops, ops.reduce_sum(utility, axis=1), coverage)
+        is_short = self._or(
+            ops.binary("Less", ops.transpose(kept), wanted), ops.binary("Less", self._count(sets), at_least)
+        )
         return self._not(is_short)
 
     # ---- Stage 1: score -----------------------------------------------------------------------------------
 
-    def _real_rows(self, logits: Any) -> Any:
+    def _readable_rows(self, logits: Any) -> Any:
+        """[T, 1] bool: rows of a request without NaN or +inf, and with k experts that are not banned."""
         ops = self.ops
-        broken = ops.binary("Or", ops.unary("IsNaN", logits), ops.unary("IsInf", logits))
-        count = ops.reduce_sum(ops.cast(broken, "int32"), axis=1)
-        finite = ops.binary("Equal", count, self._int(0, "int32"))
+        broken = self._or(ops.unary("IsNaN", logits), ops.binary("Greater", logits, self._float(_LARGEST)))
+        usable = self._not(self._or(broken, self.banned))
+        readable = self._and(
+            ops.binary("Less", self._number_in_row(broken), self._int(1, "int32")),
+            ops.binary("Greater", self._number_in_row(usable), self._int(self.spec.top_k - 1, "int32")),
+        )
         if self.request_ids is None:
-            return finite
-        return self._and(finite, ops.binary("Greater", self.request_ids, self._int(-1, "int32")))
+            return readable
+        return self._and(readable, ops.binary("Greater", self.request_ids, self._int(-1, "int32")))
+
+    def _real_rows(self) -> Any:
+        """[T, 1] bool: the groups, too, leave them k experts."""
+        if self.spec.num_groups == 1:
+            return self.readable
+        left = self.ops.binary("Greater", self.ranking, self._float(-np.inf))
+        count = self._number_in_row(left)
+        enough = self.ops.binary("Greater", count, self._int(self.spec.top_k - 1, "int32"))
+        return self._and(self.readable, enough)
 
     def _score(self, bias: Any) -> tuple[Any, Any]:
         ops, spec = self.ops, self.spec
-        if spec.scoring != "sigmoid_bias":
-            affinity = self._softmax()
-            return affinity, self._limit_to_groups(
-                self.logits if spec.scoring == "topk_softmax" else affinity
-            )
-        affinity = self._sigmoid()
+        if spec.scoring == "topk_softmax":
+            return self._softmax(), self.logits
+        affinity = self._sigmoid() if spec.scoring == "sigmoid_bias" else self._softmax()
         ranking = affinity
         if bias is not None:
             ranking = ops.binary("Add", affinity, ops.reshape(bias, (1, self.experts)))
+        ranking = ops.where(self.banned, self._float(-np.inf), ranking)
         return affinity, self._limit_to_groups(ranking)
 
     def _limit_to_groups(self, ranking: Any) -> Any:
@@ -195,9 +258,13 @@ class _Routing:
         score = self._column(best, 0, axis=2)
         if best_of == 2:
             score = ops.binary("Add", score, self._column(best, 1, axis=2))
-        _, ids = ops.top_k(ops.reshape(score, (-1, groups)), spec.top_k_groups, axis=1)
-        allowed = ops.reshape(self._mask_of(ids, self.real, spec.top_k_groups, groups), (-1, groups, 1))
-        allowed = self._and(allowed, ops.constant(np.ones((1, 1, size), np.bool_)))
+        score = ops.reshape(score, (-1, groups))
+        is_open = ops.binary("Greater", score, self._float(-np.inf))
+        _, ids = ops.top_k(score, spec.top_k_groups, axis=1)
+        allowed = self._and(is_open, self._mask_of(ids, self.readable, spec.top_k_groups, groups))
+        allowed = self._and(
+            ops.reshape(allowed, (-1, groups, 1)), ops.constant(np.ones((1, 1, size), np.bool_))
+        )
         return ops.where(ops.reshape(allowed, (-1, self.experts)), ranking, self._float(-np.inf))
 
     def _softmax(self) -> Any:
@@ -231,41 +298,46 @@ class _Routing:
         scale = ops.gather(powers, ops.cast(ops.unary("Neg", n), "int32"), axis=0)
         return ops.where(too_small, self._float(0.0), ops.binary("Mul", y, scale))
 
-    def _fixed_point(self) -> Any:
-        """round(A * 2^20), half up, int64."""
-        ops = self.ops
-        x = ops.binary("Mul", self.affinity, self._float(2.0**20))
-        whole = ops.unary("Floor", x)
-        rounds_down = ops.binary("Less", ops.binary("Sub", x, whole), self._float(0.5))
-        return ops.binary("Add", ops.cast(whole, "int64"), ops.cast(self._not(rounds_down), "int64"))
-
     # ---- Stage 5: refine ----------------------------------------------------------------------------------
 
-    def _refine(self, active: Any) -> tuple[Any, Any]:
-        """ids [T, k] int32 and which slots hold a choice [T, k] bool."""
+    def _refine(self, active: Any) -> tuple[Any, Any, Any]:
+        """ids [T, k] int32, which slots hold a choice [T, k] bool, and the real rows that have one."""
         ops = self.ops
         nothing = self._float(-np.inf)
         values, chosen = ops.top_k(ops.where(active, self.ranking, nothing), self.spec.top_k, axis=1)
         valid = ops.binary("Greater", values, nothing)
-        found = ops.reduce_sum(ops.cast(valid, "int32"), axis=1)
+        found = self._number_in_row(valid)
         last = ops.binary("Max", ops.binary("Sub", found, self._int(1, "int32")), self._int(0, "int32"))
-        return ops.where(valid, chosen, ops.gather_elements(chosen, last)), valid
+        served = self._and(self.real, ops.binary("Greater", found, self._int(0, "int32")))
+        return ops.where(valid, chosen, ops.gather_elements(chosen, last)), valid, served
 
     def _weigh(self, chosen: Any, valid: Any) -> Any:
-        ops, spec = self.ops, self.spec
-        if spec.scoring == "topk_softmax":
-            z = ops.gather_elements(self.logits, chosen)
-            weights = self._exp(ops.binary("Sub", z, ops.reduce_max(z, axis=1)))
-        else:
+        weights = self._choice_weights(chosen, valid)
+        return self.ops.binary("Mul", weights, self._float(self.spec.routed_scaling_factor))
+
+    def _choice_weights(self, chosen: Any, valid: Any) -> Any:
+        """[T, k] float32 before scaling; 0 in slots that are not valid, where that is given."""
+        ops = self.ops
+        if self.spec.scoring != "topk_softmax":
             weights = ops.gather_elements(self.affinity, chosen)
-        weights = ops.where(valid, weights, self._float(0.0))
-        if spec.scoring != "softmax":
-            total = self._column(weights, 0, axis=1)
-            for slot in range(1, spec.top_k):  # in slot order: float addition is not associative
-                total = ops.binary("Add", total, self._column(weights, slot, axis=1))
-            is_zero = ops.binary("Equal", total, self._float(0.0))
-            weights = ops.where(is_zero, self._float(0.0), ops.binary("Div", weights, total))
-        return ops.binary("Mul", weights, self._float(spec.routed_scaling_factor))
+        else:
+            z = ops.gather_elements(self.logits, chosen)
+            below = ops.binary("Sub", z, ops.reduce_max(z, axis=1))
+            if valid is not None:  # a row without any choice may hold -inf alone
+                below = ops.where(valid, below, self._float(0.0))
+            weights = self._exp(below)
+        if valid is not None:
+            weights = ops.where(valid, weights, self._float(0.0))
+        return weights if self.spec.scoring == "softmax" else self._divide_by_sum(weights)
+
+    def _divide_by_sum(self, weights: Any) -> Any:
+        """[T, k] float32"""
+        ops = self.ops
+        total = self._column(weights, 0, axis=1)
+        for slot in range(1, self.spec.top_k):  # in slot order: float addition is not associative
+            total = ops.binary("Add", total, self._column(weights, slot, axis=1))
+        is_zero = ops.binary("Equal", total, self._float(0.0))
+        return ops.where(is_zero, self._float(0.0), ops.binary("Div", weights, total))
 
     def _lowest_ids(self, active: Any) -> Any:
         """[1, k] int32: the lowest ids of S, the last one repeated; 0 where S is empty."""
@@ -287,11 +359,18 @@ class _Routing:
 
     def _mask_of(self, ids: Any, rows: Any, slots: int, width: int, used: int | None = None) -> Any:
         """[T, width] bool: the same per row, for ids [T, slots] of which the first `used` count."""
-        ops = self.ops
-        counts = ops.constant((np.arange(slots) < (slots if used is None else used))[None])
-        updates = ops.cast(self._and(rows, counts), "int32")
-        nothing = ops.cast(self._and(rows, ops.constant(np.zeros((1, width), np.bool_))), "int32")
-        return ops.cast(ops.scatter_elements(nothing, ids, updates), "bool")
+        counts = self.ops.constant((np.arange(slots) < (slots if used is None else used))[None])
+        updates = self.ops.cast(self._and(rows, counts), "int32")
+        return self.ops.cast(self._spread(ids, updates, width), "bool")
+
+    def _spread(self, ids: Any, updates: Any, width: int) -> Any:
+        """[T, width] int32: the updates [T, n] int32 at the ids [T, n]; 0 elsewhere."""
+        nothing = self._and(self.readable, self.ops.constant(np.zeros((1, width), np.bool_)))
+        return self.ops.scatter_elements(self.ops.cast(nothing, "int32"), ids, updates)
+
+    def _number_in_row(self, members: Any) -> Any:
+        """Of [T, n] bool: [T, 1] int32."""
+        return self.ops.reduce_sum(self.ops.cast(members, "int32"), axis=1)
 
     def _count(self, members: Any) -> Any:
         """Of [n, E] bool: [1, n] int64."""
@@ -317,5 +396,35 @@ class _Routing:
     def _and(self, a: Any, b: Any) -> Any:
         return self.ops.binary("And", a, b)
 
+    def _or(self, a: Any, b: Any) -> Any:
+        return self.ops.binary("Or", a, b)
+
     def _not(self, a: Any) -> Any:
         return self.ops.unary("Not", a)
+
+
+def least_share(ops: Ops, total: Any, share: float) -> Any:
+    """Of total [n, 1] int64 below 2^50: the least integers not below share * total as float64 rounds it.
+
+    In int64, since TensorRT has no float64. The share is a float32, mantissa / 2^shift, from 2^-16 to 1.
+    """
+
+    def integer(value: int) -> Any:
+        return ops.constant(np.array([[value]], np.int64))
+
+    mantissa, denominator = float(np.float32(share)).as_integer_ratio()
+    high = ops.binary("Div", total, integer(denominator))
+    low = ops.binary("Sub", total, ops.binary("Mul", high, integer(denominator)))
+    low = ops.binary("Mul", low, integer(mantissa))
+    carry = ops.binary("Div", low, integer(denominator))
+    rest = ops.binary("Sub", low, ops.binary("Mul", carry, integer(denominator)))
+    whole = ops.binary("Add", ops.binary("Mul", high, integer(mantissa)), carry)
+
+    # A product of n bits before the point has 53 - n behind it: a rest up to half of the last one is lost.
+    shift = denominator.bit_length() - 1
+    lost, bounds = integer(0), 2 ** np.arange(53 - shift, 50, dtype=np.int64)
+    if len(bounds):
+        steps = np.diff(bounds // bounds[0], prepend=0)
+        reached = ops.cast(ops.binary("Less", ops.constant(bounds[None] - 1), whole), "int64")
+        lost = ops.reduce_sum(ops.binary("Mul", reached, ops.constant(steps[None])), axis=1)
+    return ops.binary("Add", whole, ops.cast(ops.binary("Greater", rest, lost), "int64"))

@@ -1,8 +1,8 @@
 """The routing as native TensorRT layers, for where no plugin can go: TensorRT-RTX, engines ahead of time.
 
 TensorRT fuses operations and may contract a multiplication and an addition: affinities can differ from the
-reference in the last bits, so experts whose utilities are that close may swap. It has no float64, so
-`min_coverage` is refused.
+reference in the last bits, so experts whose utilities are that close may swap. `coverage` is rounded to
+float32.
 """
 
 from __future__ import annotations
@@ -39,13 +39,8 @@ def add_routing(
     tensors  router_logits [T, E] (any float) and the optional inputs by name, as in `GraphInputs`
 
     Returns expert_ids [T, k] int32, expert_weights [T, k] float32 and active_experts [E] bool. Raises
-    ValueError where they do not fit together, and for `min_coverage`.
+    ValueError where they do not fit together.
     """
-    if config.min_coverage is not None:
-        raise ValueError(
-            f"XShareConfig(min_coverage={config.min_coverage}): TensorRT layers have no float64 for it; "
-            "use the plugin, or leave it off"
-        )
     return routing.route(TensorRTOps(trt, network), spec, config, tensors)
 
 
@@ -97,7 +92,7 @@ class TensorRTOps:
         return layer.get_output(output)
 
     def _type(self, dtype: DType) -> Any:
-        names = {"float32": "FLOAT", "float64": "DOUBLE", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
+        names = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
         return getattr(self.trt.DataType, names[dtype])
 
     def constant(self, value: npt.NDArray[np.generic]) -> Any:

@@ -133,7 +133,8 @@ class _Router:
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits = self._router_logits(hidden_states)
         if is_prefill and this_pass.prefill == "stepwise":
-            ids, weights = self._route_stepwise(this_pass, router_logits)
+            own = self.own_forward(hidden_states)
+            ids, weights = self._route_stepwise(this_pass, router_logits, own)
         else:
             ids, weights = self._route(router_logits, this_pass.request_ids.flatten())
         if not self.gives_fp32:
@@ -162,18 +163,22 @@ class _Router:
             self.total()
         return routing.expert_ids, routing.expert_weights
 
-    def _route_stepwise(self, this_pass: _Pass, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Every `step_tokens` positions a step of their own: ids and weights `[batch * length, k]`."""
+    def _route_stepwise(self, this_pass: _Pass, router_logits: Tensor, own: Any) -> tuple[Tensor, Tensor]:
+        """Every `step_tokens` positions a step of their own, but for the first, which is the prompt: ids and
+        weights `[batch * length, k]`."""
         batch, width = this_pass.batch, this_pass.step_tokens
         steps = router_logits.view(batch, this_pass.length, -1).split(width, dim=1)
         requests = this_pass.request_ids.split(width, dim=1)
+        first = [
+            part.view(batch, this_pass.length, -1)[:, :width].flatten(0, 1) for part in (own[2], own[1])
+        ]
         routed = [
             self._route(step.flatten(0, 1).contiguous(), rows.flatten())
-            for step, rows in zip(steps, requests, strict=True)
+            for step, rows in zip(steps[1:], requests[1:], strict=True)
         ]
         ids, weights = (
             torch.cat([part.view(batch, -1, self.spec.top_k) for part in parts], dim=1)
-            for parts in zip(*routed, strict=True)
+            for parts in zip(first, *routed, strict=True)
         )
         return ids.flatten(0, 1), weights.flatten(0, 1)
 

@@ -2,9 +2,9 @@
 
 A roofline per part of the step: bytes over memory bandwidth or operations over peak, whichever is longer,
 times the number of layers; plus what does not depend on bytes. Seconds, bytes and operations throughout.
-How many experts a batch activates comes from routers of the model's shape, fitted to the shipped model's
-(`traces`). Nothing here was measured on a GPU by this project; docs/cost_model.md compares it with public
-figures.
+How many experts a batch activates comes from routers of the model's shape, fitted to the shipped model's and,
+for the gpt-oss family, to the choices of the real gpt-oss-20b (`traces`). Nothing here was measured on a GPU
+by this project; docs/cost_model.md compares it with public figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import ceil, floor
 from torch import Tensor
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.evaluation.traces import ExpertLoad, SyntheticRouters, load_fit, simulate
+from xshare_trtllm.evaluation.traces import ExpertLoad, SyntheticRouters, load_choices, load_fit, simulate
 from xshare_trtllm.planning.shapes import ModelShape, shape
 from xshare_trtllm.routing import contiguous_placement
 
@@ -138,7 +138,7 @@ def step_cost(
     layer = expert_time(shape, gpu, experts, rows, split=parallel.tensor, assumptions=assumptions)
     kv_bytes = _kv_bytes(shape, local_rows, context, parallel)
     routing = shape.moe_layers * assumptions.routing if shares_experts else 0.0
-    if shares_experts and parallel.expert > 1:  # the rows are spread: the sums of the affinities are reduced
+    if shares_experts and parallel.expert > 1:  # the rows are spread: the sums of the utilities are reduced
         routing += shape.moe_layers * assumptions.collective
     return StepCost(
         experts=shape.moe_layers * layer,
@@ -212,14 +212,16 @@ BATCHES = tuple(2**n for n in range(11))  # tried for the break-even
 class Loads:
     """Experts in use at each batch size, by routers of the shape `spec` drawn from the shipped model's fit.
 
-    Every row is of a document of its own; with `gpus` above 1 each holds a slice of the experts.
+    The gpt-oss family chooses as unequally as gpt-oss-20b does; of the others no choices are known. Every row
+    is of a document of its own; with `gpus` above 1 each holds a slice of the experts.
     """
 
     def __init__(self, spec: RouterSpec, gpus: int = 1, seed: int = 0) -> None:
         if gpus > 1 and spec.num_experts % gpus:
             raise ValueError(f"expert parallelism: {spec.num_experts} experts do not split over {gpus} GPUs")
         self.spec, self.gpus = spec, gpus
-        self._routers = SyntheticRouters(load_fit(), spec, seed)
+        moments = load_choices() if spec.scoring == "topk_softmax" else None
+        self._routers = SyntheticRouters(load_fit(), spec, seed, moments)
         self._steps: dict[int, Tensor] = {}
         self._placement = contiguous_placement(spec.num_experts, gpus).expand(len(load_fit()), -1)
 
@@ -231,11 +233,12 @@ class Loads:
             self._steps[batch] = logits.view(len(logits), steps, batch, -1)
         return simulate(self._steps[batch], self.spec, config, self._placement, self.gpus)
 
-    def config(self, budget: int, warmup: int) -> XShareConfig:
-        """With expert parallelism the budget is spread evenly over the GPUs. Raises ValueError where it does
-        not fit the router."""
-        per_gpu = ceil(budget / self.gpus) if self.gpus > 1 else None
-        config = XShareConfig(budget, warmup=warmup, gpu_budget=per_gpu)
+    def config(self, coverage: float | None, budget: int | None, warmup: int) -> XShareConfig:
+        """With expert parallelism a coverage limits the fullest GPU, and a budget alone is spread evenly over
+        the GPUs. Raises ValueError where it does not fit the router."""
+        spread = budget is not None and coverage is None and self.gpus > 1
+        per_gpu = ceil(budget / self.gpus) if budget is not None and spread else None
+        config = XShareConfig(budget, warmup=warmup, gpu_budget=per_gpu, coverage=coverage)
         config.check(self.spec)
         return config
 
@@ -286,14 +289,8 @@ class Predictor:
         head = 2 * shape.head_parameters * VALUE_BYTES
         return experts * shape.expert_bytes + others * shape.other_bytes + head
 
-    def default_budget(self, batch: int) -> int:
-        """30 % below what the batch activates by itself, the paper's setting for gpt-oss-120b."""
-        own = self.loads.at(batch, XShareConfig.off(self.shape.router)).experts
-        return max(self.shape.router.top_k, round(0.7 * own))
-
-    def at(self, batch: int, budget: int, warmup: int = 1) -> Prediction:
-        """Raises ValueError for a budget or warm-up that does not fit the router."""
-        config = self.loads.config(budget, warmup)
+    def at(self, batch: int, config: XShareConfig) -> Prediction:
+        """`config` is one that `loads.config` gives, or any that fits the router."""
         own = self.loads.at(batch, XShareConfig.off(self.shape.router))
         shared = self.loads.at(batch, config)
         before, after = (self._cost(batch, load, load is shared) for load in (own, shared))
@@ -312,9 +309,9 @@ class Predictor:
             assumptions=self.assumptions,
         )
 
-    def break_even(self, budget: int, warmup: int = 1) -> tuple[int, int | None] | None:
+    def break_even(self, config: XShareConfig) -> tuple[int, int | None] | None:
         """The smallest and the largest batch that gain, by `worthwhile` over BATCHES."""
-        return worthwhile(lambda batch: self.at(batch, budget, warmup).gain, BATCHES)
+        return worthwhile(lambda batch: self.at(batch, config).gain, BATCHES)
 
 
 def worthwhile(gain_at: Callable[[int], float], batches: Iterable[int]) -> tuple[int, int | None] | None:
@@ -358,7 +355,7 @@ PUBLISHED = (
     Published(16, 1342, 1835),
     Published(32, 1996, 3054),
 )
-PUBLISHED_BUDGET = 24
+PUBLISHED_CONFIG = XShareConfig(24, warmup=0)
 PUBLISHED_CONTEXT = 256  # 128 tokens in and half of the 256 out
 
 
@@ -374,7 +371,7 @@ def fit_layer_overhead() -> float:
     predictor = published_setup(Assumptions(layer_overhead=0.0))
     left = []
     for point in PUBLISHED:
-        step = predictor.at(point.batch, PUBLISHED_BUDGET, warmup=0).before
+        step = predictor.at(point.batch, PUBLISHED_CONFIG).before
         left.append((point.batch / point.own - step.total) / predictor.shape.layers)
     return sum(left) / len(left)
 
@@ -382,4 +379,4 @@ def fit_layer_overhead() -> float:
 def validate() -> list[tuple[Published, Prediction]]:
     """The public gains and their predictions."""
     predictor = published_setup()
-    return [(point, predictor.at(point.batch, PUBLISHED_BUDGET, warmup=0)) for point in PUBLISHED]
+    return [(point, predictor.at(point.batch, PUBLISHED_CONFIG)) for point in PUBLISHED]

@@ -1,4 +1,4 @@
-"""`xshare predict`: what XShare would gain for a model on a GPU, by the cost model of `evaluation.cost`."""
+"""`xshare predict`: what XShare would gain for a model on a GPU, by the cost model of `planning.cost`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from xshare_trtllm.config import XShareConfig
     from xshare_trtllm.planning.cost import Prediction, Predictor
     from xshare_trtllm.planning.shapes import ModelShape
+
+COVERAGE = 0.97
 
 
 @click.command()
@@ -28,8 +31,11 @@ if TYPE_CHECKING:
     help="Rows of a decode step; may be repeated.",
 )
 @click.option(
-    "--budget", type=click.IntRange(1), help="Experts per layer [30 % below what the largest batch picks]."
+    "--coverage",
+    type=click.FloatRange(0, 1, min_open=True),
+    help=f"Share of what the rows ask for that is enough [{COVERAGE}, without --budget].",
 )
+@click.option("--budget", type=click.IntRange(1), help="Experts that may be active in a layer.")
 @click.option(
     "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Experts that each row keeps."
 )
@@ -42,16 +48,17 @@ def predict(
     model: str,
     gpu: str,
     batches: tuple[int, ...],
+    coverage: float | None,
     budget: int | None,
     warmup: int,
     context: int,
     tensor_parallel: int,
     expert_parallel: int,
 ) -> None:
-    """Predict the gain of a budget from the model's shape and the GPU's data sheet.
+    """Predict the gain of a coverage from the model's shape and the GPU's data sheet.
 
     A calculation, not a measurement: its error against the public figures is printed below the table. With
-    --expert-parallel the budget is spread evenly over the GPUs.
+    --expert-parallel the coverage limits the fullest GPU, and a budget without one is spread evenly.
     """
     from xshare_trtllm.planning.cost import GPUS, Parallel, Predictor
     from xshare_trtllm.report import console
@@ -61,14 +68,15 @@ def predict(
             raise ValueError(f"gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
         parallel = Parallel(tensor_parallel, expert_parallel)
         predictor = Predictor(_shape(model), GPUS[gpu.lower()], context, parallel)
-        if budget is None:
-            budget = predictor.default_budget(max(batches))
-        predictions = [predictor.at(batch, budget, warmup) for batch in sorted(set(batches))]
+        if coverage is None and budget is None:
+            coverage = COVERAGE
+        config = predictor.loads.config(coverage, budget, warmup)
+        predictions = [predictor.at(batch, config) for batch in sorted(set(batches))]
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     out = console()
-    out.print(_table(predictor, predictions, budget))
-    for line in (*_memory(predictor), _break_even(predictor, budget, warmup), _error()):
+    out.print(_table(predictor, predictions, config))
+    for line in (*_memory(predictor), _break_even(predictor, config), _error()):
         out.print(line)
 
 
@@ -80,19 +88,21 @@ def _shape(model: str) -> ModelShape:
     return ModelShape.from_hf_config(json.loads(Path(model).read_text(encoding="utf-8")))
 
 
-def _table(predictor: Predictor, predictions: list[Prediction], budget: int) -> Table:
+def _table(predictor: Predictor, predictions: list[Prediction], config: XShareConfig) -> Table:
     from rich.table import Table
 
     router = predictor.shape.router
     per_gpu = predictor.parallel.expert > 1
     gpus = max(predictor.parallel.tensor, predictor.parallel.expert)
+    limits = [] if config.coverage is None else [f"coverage {config.coverage}"]
+    limits += [] if config.budget is None else [f"budget {config.budget} of {router.num_experts} experts"]
     table = Table(
-        title=f"{predictor.shape.name} on {gpus} x {predictor.gpu.name}: budget {budget} of "
-        f"{router.num_experts} experts, {predictor.context} tokens of context",
+        title=f"{predictor.shape.name} on {gpus} x {predictor.gpu.name}: {', '.join(limits)}, "
+        f"{predictor.context} tokens of context",
         caption="times in ms per decode step, own routing > XShare; gain at most: an engine without overhead",
     )
     experts = "peak experts\nper GPU" if per_gpu else "active experts\nper layer"
-    columns = ("batch", experts, "affinity\nkept", "experts", "weights", "KV\ncache", "exchange")
+    columns = ("batch", experts, "utility\nkept", "experts", "weights", "KV\ncache", "exchange")
     for name in (*columns, "XShare's\nrouting", "over-\nhead", "step", "gain", "gain\nat most"):
         table.add_column(name, justify="right")
     for p in predictions:
@@ -100,7 +110,7 @@ def _table(predictor: Predictor, predictions: list[Prediction], budget: int) -> 
         table.add_row(
             str(p.batch),
             f"{p.own.peak_experts:.1f} > {p.shared.peak_experts:.1f}",
-            f"{p.shared.kept_choice:.0%}",
+            f"{p.shared.kept_utility:.0%}",
             f"{1e3 * before.experts:.2f} > {1e3 * after.experts:.2f}",
             *(f"{1e3 * part:.2f}" for part in (before.weights, before.kv_cache, before.exchange)),
             f"{1e3 * after.routing:.2f}",
@@ -120,10 +130,10 @@ def _memory(predictor: Predictor) -> tuple[str, ...]:
     return (f"The weights take {needed:.0f} GB, the memory is {there:.0f} GB: more GPUs are needed.",)
 
 
-def _break_even(predictor: Predictor, budget: int, warmup: int) -> str:
+def _break_even(predictor: Predictor, config: XShareConfig) -> str:
     from xshare_trtllm.planning.cost import BATCHES
 
-    span = predictor.break_even(budget, warmup)
+    span = predictor.break_even(config)
     if span is None:
         return f"Break-even: none from batch 1 to {BATCHES[-1]}; leave XShare off."
     lower, upper = span
@@ -142,5 +152,5 @@ def _error() -> str:
         f"Known error: {100 * sum(errors) / len(errors):.0f} points on average, {100 * max(errors):.0f} at "
         f"worst, on the public gains of gpt-oss-120b on one H200 at batch 4, 8, 16, 32, and predicted in "
         f"brackets: {listed}. "
-        "Active experts are those of routers fitted to the shipped model; affinity kept is no accuracy."
+        "Active experts are those of fitted routers; utility kept is no accuracy."
     )

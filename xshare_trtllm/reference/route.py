@@ -111,19 +111,14 @@ class _Step:
 
         free = experts_in(self.own[self.exempt], num_experts)
         warm = experts_in(self.own[self.participating, : config.warmup], num_experts)
-        fixed = to_fixed_point(self._utility(spec, config)) * self.participating[:, None]
+        fixed = to_fixed_point(row_utility(self.logits, self.affinity, self.own, spec, config))
+        fixed = fixed * self.participating[:, None]
         utility = self.column_sums = fixed.sum(dim=0)
         if config.request_budget is not None:
             assert request_ids is not None
             utility = proposed_utility(fixed, request_ids, self.participating, config.request_budget)
         self.active = select(utility, free, warm, gpu, spec.top_k, config).to(device)
         self.overflow = warmup_overflow(warm & ~free, self.gpu, config)
-
-    def _utility(self, spec: RouterSpec, config: XShareConfig) -> Tensor:
-        """`d` [T, E] fp32, 0 to 1: what each expert is worth to each row."""
-        if config.utility == "affinity":
-            return self.affinity
-        return squared_weights(self.logits, self.affinity, self.own, spec)
 
 
 # ---- Stage 0: stand aside ----------------------------------------------------------------------------------
@@ -170,10 +165,18 @@ def limit_to_groups(ranking: Tensor, spec: RouterSpec) -> Tensor:
     return ranking.masked_fill(~groups.repeat_interleave(spec.experts_per_group, dim=-1), -torch.inf)
 
 
+def row_utility(
+    logits: Tensor, affinity: Tensor, own: Tensor, spec: RouterSpec, config: XShareConfig
+) -> Tensor:
+    """`d` [T, E] fp32, 0 to 1: what each expert is worth to each row."""
+    if config.utility == "affinity":
+        return affinity
+    return squared_weights(logits, affinity, own, spec)
+
+
 def squared_weights(logits: Tensor, affinity: Tensor, own: Tensor, spec: RouterSpec) -> Tensor:
-    """[T, E] fp32: the square of each weight of the row's own top-k, these divided by their sum; else 0."""
+    """[T, E] fp32: the square of each weight, before scaling, that the model gives its own top-k; else 0."""
     weights = choice_weights(logits, affinity, own, torch.ones_like(own, dtype=torch.bool), spec)
-    weights = divide_by_sum(weights)
     return torch.zeros_like(affinity).scatter_(1, own, weights * weights)
 
 
@@ -279,21 +282,19 @@ def refine(ranking: Tensor, active: Tensor, top_k: int) -> tuple[Tensor, Tensor]
 
 def weigh(logits: Tensor, affinity: Tensor, chosen: Tensor, valid: Tensor, spec: RouterSpec) -> Tensor:
     """Weights [T, k] fp32 of the chosen experts, by the model's own rule; 0 in slots without a choice."""
-    weights = choice_weights(logits, affinity, chosen, valid, spec)
-    if spec.scoring != "softmax":
-        weights = divide_by_sum(weights)
-    return weights * spec.routed_scaling_factor
+    return choice_weights(logits, affinity, chosen, valid, spec) * spec.routed_scaling_factor
 
 
 def choice_weights(
     logits: Tensor, affinity: Tensor, chosen: Tensor, valid: Tensor, spec: RouterSpec
 ) -> Tensor:
-    """[T, k] fp32, before any normalisation; 0 in slots without a choice."""
+    """[T, k] fp32, before scaling; 0 in slots without a choice."""
     weights = affinity.gather(-1, chosen)
     if spec.scoring == "topk_softmax":
         z = logits.gather(-1, chosen)
         weights = exp(z - z[:, :1])  # the first slot has the largest logit
-    return torch.where(valid, weights, 0.0)
+    weights = torch.where(valid, weights, 0.0)
+    return weights if spec.scoring == "softmax" else divide_by_sum(weights)
 
 
 def divide_by_sum(weights: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ typedef enum xshare_scoring {
 
 // What an expert is worth to a row.
 typedef enum xshare_utility {
-    XSHARE_SQUARED_WEIGHT = 0,  // the square of its weight in the row's own top-k, weights of sum 1
-    XSHARE_AFFINITY = 1         // the router's score of every expert (the paper's)
+    XSHARE_SQUARED_WEIGHT = 0,  // the square of the weight, before scaling, that the model gives it in the
+                                // row's own top-k
+    XSHARE_AFFINITY = 1  // the router's score of every expert (the paper's)
 } xshare_utility;
 
 // What to route and under which budgets. Set all of it to zero, then struct_size =
