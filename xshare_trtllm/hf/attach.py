@@ -169,9 +169,7 @@ class _Router:
         batch, width = this_pass.batch, this_pass.step_tokens
         steps = router_logits.view(batch, this_pass.length, -1).split(width, dim=1)
         requests = this_pass.request_ids.split(width, dim=1)
-        first = [
-            part.view(batch, this_pass.length, -1)[:, :width].flatten(0, 1) for part in (own[2], own[1])
-        ]
+        first = [part.view(batch, this_pass.length, -1)[:, :width].flatten(0, 1) for part in (own[2], own[1])]
         routed = [
             self._route(step.flatten(0, 1).contiguous(), rows.flatten())
             for step, rows in zip(steps[1:], requests[1:], strict=True)
