@@ -1,10 +1,12 @@
 # make demo: set up everything and run the main job.   make test: set up and pass the tests.
-# Needs Python 3.10+, a C++17 compiler and make; everything else comes into .venv.
+# Needs Python 3.11, 3.12 or 3.13, a C++17 compiler and make; everything else comes into .venv.
 
 PYTHON ?= python3
+unexport PYTHON  # its choice is for .venv; scripts that the tests start have a choice of that name of their own
 TORCH ?= torch==2.13.0
 EDGELLM := tensorrt-edgellm==0.11.0 onnxscript onnx-ir  # TensorRT Edge-LLM's exporter
 BIN := .venv/bin
+NEW_ENOUGH = 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "make demo and make test need Python 3.11 or newer (transformers does), this is %d.%d: make PYTHON=python3.11, after removing .venv where it is there" % sys.version_info[:2])'
 SOURCES = $$(git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -37,7 +39,9 @@ bench: .venv/ready
 # torch is pinned, since on a CPU machine a looser wish can bring gigabytes of CUDA libraries.
 .venv/ready: pyproject.toml setup.py $(wildcard plugins/CMakeLists.txt plugins/*/*.h plugins/*/*/*.h plugins/*/*.cpp)
 	@echo "== setting up .venv: PyTorch for the CPU, transformers, the native library (3 to 5 minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -c $(NEW_ENOUGH)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c $(NEW_ENOUGH)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test,tensorrt]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps kernel-lens==2.0.1  # TensorRT's headers

@@ -8,6 +8,7 @@ libxshare_cuda.so as well, which needs nvcc.
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -55,6 +57,16 @@ class BuildLibrary(build_ext):
             shutil.copyfile(built, source / CUDA_LIBRARY)
 
 
+class BuildPython(build_py):
+    """Also puts the line into site-packages that takes XShare into TensorRT-LLM's worker processes."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            hook = runpy.run_path(str(ROOT / "xshare_trtllm" / "trtllm" / "startup.py"))
+            Path(self.build_lib, hook["HOOK_FILE"]).write_text(hook["HOOK_LINE"])
+
+
 class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -62,5 +74,5 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("xshare_trtllm.lib.libxshare", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
 )

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from xshare_trtllm.evaluation import held_out, load_model, token_batches
-from xshare_trtllm.hf.attach import find_routers
+from xshare_trtllm.hf.routers import find_routers
 from xshare_trtllm.report import console, machine, write_aside, write_json
 
 LENGTH, TOP_K = 256, (1, 2, 4, 8)

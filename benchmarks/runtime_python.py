@@ -133,17 +133,17 @@ class Triton:
         prompt = self._prompts[number % len(self._prompts)].encode()
         inputs = []
         for name, value, kind in (
-            ("text_input", np.array([[prompt]], object), "BYTES"),
-            ("max_tokens", np.array([[self._output_len]], np.int32), "INT32"),
-            ("end_id", np.array([[-1]], np.int32), "INT32"),
-            ("stream", np.array([[True]]), "BOOL"),
+            ("text_input", np.array([prompt], object), "BYTES"),
+            ("sampling_param_max_tokens", np.array([self._output_len], np.int32), "INT32"),
+            ("sampling_param_end_id", np.array([-1], np.int32), "INT32"),
+            ("streaming", np.array([True]), "BOOL"),
         ):
             tensor = self._make(name, list(value.shape), kind)
             tensor.set_data_from_numpy(value)
             inputs.append(tensor)
         self._waiting[str(number)] = on_tokens, on_end
         self._client.async_stream_infer(
-            "ensemble", inputs, request_id=str(number), enable_empty_final_response=True
+            "tensorrt_llm", inputs, request_id=str(number), enable_empty_final_response=True
         )
 
     def _arrived(self, result: Any, error: Any) -> None:

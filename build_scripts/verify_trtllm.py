@@ -1,7 +1,8 @@
 """One step of verify_trtllm.sh:  verify_trtllm.py STEP MODEL FOLDER
 
-Names of TensorRT-LLM are those of 1.0 to 1.2: models/*, runtime/ModelRunner*, LLM. The last line that a step
-prints is its result; an exception is its failure.
+Names of TensorRT-LLM: for engines those of 1.0 to 1.2 (models/*, runtime/ModelRunner*), else LLM, of 1.0 on.
+The last line that a step prints is its result; an exception is its failure. Both sides of a comparison have
+the same prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -138,81 +138,113 @@ class Step:
 
     # ---- The PyTorch backend ----
 
-    def _llm(self) -> Any:
+    def torch_inspect(self) -> str:
+        """The version has what XShare takes hold of."""
+        from xshare_trtllm.trtllm.inspection import check_names, inspect
+
+        check_names()
+        refused = [f.name for f in inspect() if f.group in ("routing method", "MoE back end") and not f.ok]
+        return f"all names are there; refused by name: {', '.join(refused) or 'nothing'}"
+
+    def _llm(self, in_process: bool = True, **options: Any) -> Any:
         from tensorrt_llm import LLM
 
-        os.environ.setdefault(
-            "TLLM_WORKER_USE_SINGLE_PROCESS", "1"
-        )  # `enable` needs the model in this process
-        return LLM(str(self.hf), skip_tokenizer_init=True, max_batch_size=BATCH, max_seq_len=128)
+        if in_process:  # `enable` needs the model in this process
+            os.environ["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"
+        sizes = {"max_batch_size": BATCH, "max_seq_len": 128}
+        return LLM(str(self.hf), skip_tokenizer_init=True, **sizes, **options)
 
     def torch_identical_tokens(self) -> str:
+        """A coverage of 1 routes by XShare, and leaves out nothing that a row asks for."""
         from xshare_trtllm import XShareConfig
         from xshare_trtllm.trtllm import enable
 
         with self._llm() as llm:
             plain = _generate_llm(llm)
-            with enable(llm, XShareConfig(EXPERTS)) as enabled:
+            with enable(llm, XShareConfig(coverage=1.0)) as enabled:
                 assert len(enabled) == LAYERS
-                assert _generate_llm(llm) == plain, "budget = experts changed tokens"
+                assert _generate_llm(llm) == plain, "coverage 1 changed tokens"
+                counted = _counted(enabled)
             assert _generate_llm(llm) == plain, "disabled, but not as before"
-        return f"budget {EXPERTS}: identical tokens, and after disable()"
+        assert counted["rows"] > 0, "the layers never counted a row"
+        return f"identical tokens over {counted['rows']} rows that were routed by XShare, and after disable()"
 
     def torch_fewer_experts(self) -> str:
-        from xshare_trtllm import XShareConfig
-        from xshare_trtllm.trtllm import XShareMoeRoutingMethod, enable
-
-        with self._llm() as llm:
-            seen: list[int] = []
-            own_apply = XShareMoeRoutingMethod.apply
-
-            def apply(method: Any, router_logits: Any, *rest: Any, **options: Any) -> Any:
-                made = own_apply(method, router_logits, *rest, **options)
-                import torch
-
-                if router_logits.shape[0] == BATCH and not torch.cuda.is_current_stream_capturing():
-                    seen.append(int(made[0].unique().numel()))
-                return made
-
-            XShareMoeRoutingMethod.apply = apply  # type: ignore[method-assign]
-            counts = []
-            for budget in (EXPERTS, BUDGET):
-                with enable(llm, XShareConfig(budget)):
-                    seen.clear()
-                    start = time.perf_counter()
-                    _generate_llm(llm)
-                    counts.append((sum(seen) / max(1, len(seen)), time.perf_counter() - start))
-        (full, full_time), (small, small_time) = counts
-        assert 0 < small < full, (small, full)
-        return (
-            f"mean experts {full:.1f} with budget {EXPERTS}, {small:.1f} with {BUDGET}; "
-            f"{1000 * full_time:.1f} ms and {1000 * small_time:.1f} ms"
-        )
-
-    def torch_options(self) -> str:
-        """The options folder does to an LLM with workers of its own what `enable` does in one process."""
-        from xshare_trtllm import XShareConfig
-        from xshare_trtllm.trtllm import write_options
-
-        written = write_options(self.folder / "xshare_options", XShareConfig(BUDGET))
-        enabled, with_options = self._in_child("_enabled_tokens"), self._in_child("_options_tokens")
-        assert enabled == with_options, f"{enabled} {with_options}"
-        return f"same tokens as enable(); for trtllm-serve: {' '.join(written)}"
-
-    def _enabled_tokens(self) -> list[list[int]]:
+        """With CUDA graphs, as they are by default: counted on the device."""
         from xshare_trtllm import XShareConfig
         from xshare_trtllm.trtllm import enable
 
-        with self._llm() as llm, enable(llm, XShareConfig(BUDGET)):
-            return _generate_llm(llm)
+        means = []
+        with self._llm() as llm:
+            for config in (XShareConfig(coverage=1.0), XShareConfig(BUDGET)):
+                with enable(llm, config) as enabled:
+                    _generate_llm(llm)
+                    counted = _counted(enabled)
+                means.append((counted["experts_before"], counted["experts_after"]))
+        (own, same), (before, after) = means
+        assert own == same > 0, f"coverage 1: {same} experts instead of {own}"
+        assert 0 < after < before, f"budget {BUDGET}: {after} experts instead of {before}"
+        saved = 100 * (1 - after / before)
+        return f"coverage 1 leaves all, budget {BUDGET} leaves out {saved:.0f} % of the experts"
 
-    def _options_tokens(self) -> list[list[int]]:
-        from tensorrt_llm import LLM
+    def torch_counted_in_python(self) -> str:
+        """Without CUDA graphs every step calls `apply`, and what it returns can be looked at."""
+        from xshare_trtllm import XShareConfig
+        from xshare_trtllm.trtllm import XShareMoeRoutingMethod, enable
 
-        sys.path.insert(0, str(self.folder))
-        import_module("xshare_options")
-        with LLM(str(self.hf), skip_tokenizer_init=True, max_batch_size=BATCH, max_seq_len=128) as llm:
-            return _generate_llm(llm)
+        seen: list[int] = []
+        own_apply = XShareMoeRoutingMethod.apply
+
+        def apply(method: Any, router_logits: Any, *rest: Any, **options: Any) -> Any:
+            made = own_apply(method, router_logits, *rest, **options)
+            if router_logits.shape[0] == BATCH:
+                seen.append(int(made[0].unique().numel()))
+            return made
+
+        XShareMoeRoutingMethod.apply = apply  # type: ignore[method-assign]
+        counts = []
+        with self._llm(cuda_graph_config=None) as llm:
+            for config in (XShareConfig(coverage=1.0), XShareConfig(BUDGET)):
+                with enable(llm, config):
+                    seen.clear()
+                    _generate_llm(llm)
+                    assert seen, "no step of the whole batch called apply"
+                    counts.append((sum(seen) / len(seen), max(seen)))
+        (full, _), (small, most) = counts
+        assert small < full and most <= BUDGET, counts
+        return f"mean experts {full:.1f} with coverage 1, {small:.1f} with budget {BUDGET}, at most {most}"
+
+    def torch_workers(self) -> str:
+        """An LLM with worker processes: all ranks acknowledge, and its tokens are those without XShare."""
+        plain, ours = self._in_child("_tokens_of_workers"), self._in_child("_tokens_of_workers", "1.0")
+        tokens, ranks = ours.split(" ranks ")
+        assert plain.split(" ranks ")[0] == tokens, f"{plain} {ours}"
+        assert ranks == "1", f"{ranks} ranks acknowledged"
+        return "1 rank acknowledged, identical tokens"
+
+    def _tokens_of_workers(self, coverage: str = "") -> str:
+        from xshare_trtllm import XShareConfig
+        from xshare_trtllm.trtllm import use
+        from xshare_trtllm.trtllm.run_folder import RunFolder
+
+        path, ranks = self.folder / "xshare.yaml", 0
+        if coverage:
+            XShareConfig(coverage=float(coverage)).to_yaml(path)
+            use(path)
+        with self._llm(in_process=False) as llm:
+            tokens = _generate_llm(llm)
+            if coverage:
+                ranks = len(RunFolder(path.resolve()).status()["ranks"])
+        return f"{tokens} ranks {ranks}"
+
+
+def _counted(enabled: Any) -> dict[str, int]:
+    """What the layers counted on their device."""
+    from xshare_trtllm.trtllm.torch_statistics import SUMS
+
+    sums = enabled.counters.cpu()
+    counted = {name: int(sums[:, place].sum()) for name, place in SUMS.items()}
+    return counted | {"rows": int((sums[:, 7] & 0xFFFFFFFF).sum())}
 
 
 def _budget(budget: int) -> tuple[str, ...]:
@@ -224,9 +256,9 @@ def _size(engine: Path) -> str:
 
 
 def _prompts() -> list[list[int]]:
-    return [
-        [(7 * request + 13 * place + 5) % 500 for place in range(4 + request)] for request in range(BATCH)
-    ]
+    """Each longer than BATCH: a step of BATCH rows is then one of generation."""
+    lengths = [BATCH + 1 + request for request in range(BATCH)]
+    return [[(7 * i + 13 * place + 5) % 500 for place in range(n)] for i, n in enumerate(lengths)]
 
 
 def _load_plugin() -> None:

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Verifies XShare in TensorRT-LLM on a machine with a GPU, on small random-weight Mixtral and Qwen3-MoE
 # checkpoints that it makes itself: part `engine` (trtllm-build --plugin xshare, TensorRT-LLM 1.0 to 1.2) and part
-# `pytorch` (xshare_trtllm.trtllm.enable and the options folder, 1.0 on).
+# `pytorch` (enable in one process, and worker processes, 1.0 on).
 #
 #     build_scripts/verify_trtllm.sh [engine|pytorch|all] [FOLDER]     (default: all, build/verify_trtllm)
 #     build_scripts/verify_trtllm.sh --list                            the steps, without running any
 #
 # Needs tensorrt_llm, transformers and xshare_trtllm in PYTHON (default: python3), and the libraries that
-# build_scripts/build_plugin.sh makes. One line PASS or FAIL per step; the exit status is the number of failed
-# steps. A step's output is in FOLDER/<step>.log.
+# build_scripts/build_plugin.sh makes. Ends with one table of what passed and failed, with the versions, to be
+# pasted into an issue; the exit status is the number of failed steps. A step's output is in FOLDER/<step>.log.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 models=(mixtral qwen3_moe)
 engine_steps=(checkpoint build_plain build_full build_small dry_run identical_tokens fewer_experts time)
-pytorch_steps=(torch_identical_tokens torch_fewer_experts torch_options)
+pytorch_steps=(torch_inspect torch_identical_tokens torch_fewer_experts torch_counted_in_python torch_workers)
 seconds=${XSHARE_VERIFY_SECONDS:-900} # a step at most
 
 stop() {
@@ -29,15 +29,33 @@ list() {
 }
 
 failed=0
+rows=()
 # step MODEL NAME: in a process of its own, since a failed engine can end the process.
 step() {
-    local log=$folder/$1.$2.log
-    if timeout -k 10 "$seconds" "$python" "$here/verify_trtllm.py" "$2" "$1" "$folder" >"$log" 2>&1; then
-        echo "PASS $1 $2: $(tail -n 1 "$log")"
-    else
-        echo "FAIL $1 $2: status $?, see $log"
+    local log=$folder/$1.$2.log status word=PASS
+    timeout -k 10 "$seconds" "$python" "$here/verify_trtllm.py" "$2" "$1" "$folder" >"$log" 2>&1
+    status=$?
+    if ((status != 0)); then
+        word="FAIL ($status)"
         failed=$((failed + 1))
     fi
+    echo "$word $1 $2, see $log"
+    rows+=("| $1 | $2 | $word | $(tail -n 1 "$log" | tr '|' '/' | cut -c 1-160) |")
+}
+
+table() {
+    echo
+    "$python" - <<'END'
+from importlib.metadata import version
+
+import torch
+
+names = ("xshare-trtllm", "tensorrt_llm", "torch", "transformers")
+print(", ".join(f"{name} {version(name)}" for name in names), "on", torch.cuda.get_device_name())
+END
+    printf '\n| model | step | result | what |\n| --- | --- | --- | --- |\n'
+    ((${#rows[@]} == 0)) || printf '%s\n' "${rows[@]}"
+    echo
 }
 
 part_engine() {
@@ -70,5 +88,6 @@ done
 cd "$folder" || stop "cannot enter $folder"
 [[ $part == pytorch ]] || part_engine
 [[ $part == engine ]] || part_pytorch
+table
 echo "$failed steps failed; logs and engines in $folder"
 exit "$failed"

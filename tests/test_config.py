@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from xshare_trtllm import RouterSpec, XShareConfig
+from xshare_trtllm.families import KNOWN_MODEL_TYPES
 
 SPEC = RouterSpec(128, 4, "topk_softmax")
 GROUPED = RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5)
@@ -302,8 +303,7 @@ def test_kimi_k2_and_old_field_names():
     [
         (
             {"model_type": "llama"},
-            "model_type 'llama' is not known; known are deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, "
-            "granitemoe, kimi_k2, mixtral, olmoe, qwen2_moe, qwen3_moe",
+            f"model_type 'llama' is not known; known are {', '.join(KNOWN_MODEL_TYPES)}",
         ),
         (
             {"model_type": "mixtral", "num_experts_per_tok": 2},
@@ -338,6 +338,103 @@ def test_kimi_k2_and_old_field_names():
 )
 def test_hf_refusals(config, message):
     assert refusal(RouterSpec.from_hf_config, config) == f"RouterSpec.from_hf_config: {message}"
+
+
+def test_a_wrapped_text_model_is_read():
+    qwen = {"model_type": "qwen3_vl_moe_text", "num_experts": 128, "num_experts_per_tok": 8}
+    for outer in (
+        {"model_type": "qwen3_vl_moe", "text_config": qwen},
+        {"model_type": "qwen3_omni_moe", "thinker_config": {"model_type": "t", "text_config": qwen}},
+        {"model_type": "internvl_chat", "llm_config": qwen},
+    ):
+        assert RouterSpec.from_hf_config(outer) == RouterSpec(128, 8, "softmax_renorm")
+    assert RouterSpec.from_hf_config({"model_type": "kimi_k25", "text_config": KIMI_K2}).num_experts == 384
+
+
+@pytest.mark.parametrize(
+    "fields, spec",
+    [
+        (
+            {"model_type": "hunyuan_v1_moe", "num_experts": 64, "moe_topk": [8, 8, 8]},
+            RouterSpec(64, 8, "softmax_renorm"),
+        ),
+        (
+            {
+                "model_type": "mimo_v2_flash",
+                **{
+                    name: KIMI_K2[name]
+                    for name in ("n_group", "topk_group", "norm_topk_prob", "scoring_func")
+                },
+                "n_routed_experts": 256,
+                "num_experts_per_tok": 8,
+                "routed_scaling_factor": None,
+            },
+            RouterSpec(256, 8, "sigmoid_bias"),
+        ),
+        (
+            {
+                "model_type": "kimi_linear",
+                "num_experts": 256,
+                "num_experts_per_token": 8,
+                "moe_renormalize": True,
+                "moe_router_activation_func": "sigmoid",
+                "num_expert_group": 1,
+                "topk_group": 1,
+                "routed_scaling_factor": 2.446,
+            },
+            RouterSpec(256, 8, "sigmoid_bias", 1, 1, 2.446),
+        ),
+        (
+            {
+                "model_type": "dbrx",
+                "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4, "moe_normalize_expert_weights": 1},
+            },
+            RouterSpec(16, 4, "softmax_renorm"),
+        ),
+        (
+            {"model_type": "cohere2_moe", "num_experts": 8, "num_experts_per_tok": 2}
+            | {"expert_selection_fn": "sigmoid", "norm_topk_prob": True},
+            RouterSpec(8, 2, "sigmoid_bias"),
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_fields_of_their_own(fields, spec):
+    assert RouterSpec.from_hf_config(fields) == spec
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}},
+            "llama4_text is not supported: it",
+        ),
+        ({"model_type": "ernie4_5_moe"}, "ernie4_5_moe is not supported: it adds a bias to softmax scores"),
+        ({"model_type": "phimoe"}, "SparseMixer"),
+        (
+            {"model_type": "hunyuan_v1_moe", "num_experts": 64, "moe_topk": [8, 4]},
+            "moe_topk that differs by layer is not supported",
+        ),
+        (
+            {
+                "model_type": "mistral4",
+                "n_routed_experts": 128,
+                "num_experts_per_tok": 4,
+                "norm_topk_prob": True,
+            }
+            | {"routed_scaling_factor": 1.0, "n_group": 4},
+            "mistral4 with n_group=4 is not supported, only 1",
+        ),
+        (
+            {"model_type": "gemma4_text", "enable_moe_block": False},
+            "gemma4_text with enable_moe_block=False is not supported, only True",
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_no_scoring_function_expresses_is_refused_by_name(fields, message):
+    assert message in refusal(RouterSpec.from_hf_config, fields)
 
 
 def test_configuration_needs_no_torch():

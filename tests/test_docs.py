@@ -46,6 +46,7 @@ OTHERS_FILES = {"docs/cli.md"}  # of perf_analyzer, named in benchmarks/runtime_
 NOT_RUN = {
     ("docs/serve.md", "start_http_server"): "needs an engine that serves, and opens a port",
     ("docs/pytorch_backend.md", "enable(llm"): "needs a model of TensorRT-LLM",
+    ("docs/pytorch_backend.md", "LLM(model)"): "needs TensorRT-LLM",
 }
 # Programs of others, whose options are theirs.
 EXTERNAL = {

@@ -1,7 +1,7 @@
 """`xshare doctor` as a user runs it: on this machine, and on machines put together from stand-ins.
 
-TensorRT-LLM, NVIDIA's driver and their commands cannot be installed here: a distribution of that name without
-a line of code, an nvidia-smi that prints what the real one prints for the same query (contract tests)."""
+TensorRT-LLM, NVIDIA's driver and their commands cannot be installed here: the stand-ins of tests/trtllm/
+under that name, an nvidia-smi that prints what the real one prints for the same query (contract tests)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ class Machine:
         information = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
         information.mkdir()
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def trtllm(self, version: str, stand_in: str) -> None:
+        self.install("tensorrt-llm", version)
+        self.environment["PYTHONPATH"] += f":{ROOT / 'tests' / 'trtllm' / stand_in}"
 
     def command(self, name: str, text: str) -> None:
         path = self.commands / name
@@ -143,7 +147,7 @@ def test_no_python_packages_at_all(machine: Machine) -> None:
 
 @needs_compiler
 def test_contract_a_machine_where_both_paths_run(machine: Machine) -> None:
-    machine.install("tensorrt-llm", "1.2.1")
+    machine.trtllm("1.2.1", "torch_stand_in")
     machine.gpu(H100)
     machine.library("XSHARE_PLUGIN", PLUGIN)
     machine.library("XSHARE_CUDA_LIBRARY", CUDA)
@@ -156,6 +160,17 @@ def test_contract_a_machine_where_both_paths_run(machine: Machine) -> None:
     )
     for name in ("trtllm-build", "trtllm-build --plugin xshare", "trtllm-serve with XShare"):
         assert checks[name]["ok"], checks[name]
+    said = {name: (checks[name]["ok"], checks[name]["found"]) for name in checks}
+    assert said["executor"] == (True, "tensorrt_llm.executor.executor:GenerationExecutor.create")
+    assert said["RenormalizeMoeRoutingMethod"] == (True, "supported")
+    assert said["SparseMixerMoeRoutingMethod"][0] is False
+    assert said["TritonFusedMoE"][1].startswith("masked logits, for Renormalize and RenormalizeNaive")
+    assert said["MarlinFusedMoE"] == (False, "refused: no scheduler of this version calls apply")
+    assert said["GptOssForCausalLM"] == (True, "applies: Renormalize")
+    assert said["Llama4ForConditionalGeneration"][0] is False
+    need = ("--need", "trtllm-serve", "--model")
+    assert machine.run(*need, "GptOssForCausalLM").returncode == 0
+    assert machine.run(*need, "Llama4ForConditionalGeneration").returncode == 1
 
 
 def test_contract_their_own_trtllm_build(machine: Machine) -> None:
@@ -167,14 +182,40 @@ def test_contract_their_own_trtllm_build(machine: Machine) -> None:
 
 @needs_compiler
 def test_contract_a_version_without_engines(machine: Machine) -> None:
-    machine.install("tensorrt-llm", "1.3.0rc5")
+    machine.trtllm("1.3.0rc18", "torch_stand_in_2026")
     machine.gpu(H100)
     machine.library("XSHARE_PLUGIN", PLUGIN)
     machine.library("XSHARE_CUDA_LIBRARY", CUDA)
     checks = machine.examine()
     engine = checks["trtllm-build --plugin xshare"]
-    assert not engine["ok"] and engine["found"] == "tensorrt-llm: 1.3.0rc5, needs TensorRT-LLM 1.0 to 1.2"
+    assert not engine["ok"] and engine["found"] == "tensorrt-llm: 1.3.0rc18, needs TensorRT-LLM 1.0 to 1.2"
     assert checks["trtllm-serve with XShare"]["ok"]
+    assert "attention.backends" in str(checks["attention metadata"]["found"])
+    assert checks["TrtllmTrtllmGenNvfp4Impl"]["found"] == checks["MarlinFusedMoE"]["found"] == "applies"
+    assert "computes every expert" in str(checks["DenseGemmNvfp4Impl"]["found"])
+    assert "root of a softplus" in str(checks["DeepSeekV4MoeRoutingMethod"]["found"])
+    assert machine.run("--need", "trtllm-build").returncode == 1
+
+
+@needs_compiler
+def test_contract_a_version_that_has_moved_things_on(machine: Machine, tmp_path: Path) -> None:
+    """Not imported at all, or without a name that XShare takes hold of: nothing would serve, and why."""
+    machine.install("tensorrt-llm", "9.9.9")
+    machine.gpu(H100)
+    machine.library("XSHARE_CUDA_LIBRARY", CUDA)
+    package = machine.packages / "tensorrt_llm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    check = machine.examine()["tensorrt_llm, imported"]
+    assert not check["ok"] and str(check["found"]).startswith(
+        "has no model engine, attention metadata, model"
+    )
+    (package / "__init__.py").write_text("import libcuda_is_not_here")
+    checks = machine.examine()
+    found = "does not import: ModuleNotFoundError: No module named 'libcuda_is_not_here'"
+    assert checks["tensorrt_llm, imported"]["found"] == found
+    assert not checks["trtllm-serve with XShare"]["ok"]
+    assert machine.run("--need", "trtllm-serve").returncode == 1
 
 
 def test_contract_an_old_gpu_and_a_driver_that_fails(machine: Machine) -> None:

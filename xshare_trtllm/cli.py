@@ -25,6 +25,7 @@ _ELSEWHERE: dict[str, tuple[str, str]] = {
     "edge": ("edgellm.command", "edge"),
     "predict": ("planning.predict", "predict"),
     "triton": ("serving.command", "triton"),
+    "trtllm": ("trtllm.command", "trtllm"),
 }
 
 

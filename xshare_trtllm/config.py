@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from xshare_trtllm.families import router_fields
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -18,6 +19,8 @@ SCORINGS: tuple[str, ...] = get_args(Scoring)
 
 Utility = Literal["squared_weight", "affinity"]
 UTILITIES: tuple[str, ...] = get_args(Utility)
+# Of a server that runs: XShare, the model's own routing with what XShare would count, or without.
+MODES = ("on", "shadow", "off")
 
 
 class RouterSpec(BaseModel):
@@ -103,31 +106,11 @@ class RouterSpec(BaseModel):
         """The router of a Hugging Face model, from its configuration: a transformers object, or config.json
         as a dict.
 
-        Raises ValueError for a model_type that is not known (listing those that are), for a missing field (a
-        guess would route silently wrong) and for a setting that no scoring function here expresses.
+        A multimodal model is read through to its text model. Raises ValueError for a model_type that is not
+        known (listing those that are), for a missing field (a guess would route silently wrong) and for a
+        router that no scoring function here expresses.
         """
-        model = _HFConfig(config)
-        family = _FAMILIES.get(model.type)
-        if family is None:
-            known = ", ".join(sorted(_FAMILIES))
-            raise ValueError(
-                f"RouterSpec.from_hf_config: model_type {model.type!r} is not known; known are {known}"
-            )
-        for field, allowed in family.only.items():
-            model.refuse_unless(field, allowed)
-        spec: dict[str, Any] = {
-            "num_experts": model.need(*family.num_experts),
-            "top_k": model.need("num_experts_per_tok"),
-            "scoring": family.scoring,
-        }
-        if family.scoring == "norm_topk_prob":
-            spec["scoring"] = "softmax_renorm" if model.need("norm_topk_prob") else "softmax"
-        if family.scaled:
-            spec["routed_scaling_factor"] = model.need("routed_scaling_factor")
-        if family.grouped and model.get("topk_method") != "greedy":
-            spec["num_groups"] = model.need("n_group")
-            spec["top_k_groups"] = model.need("topk_group")
-        return cls(**spec)
+        return cls(**router_fields(config))
 
 
 def _as_budget(value: object) -> object:
@@ -317,77 +300,3 @@ def _validated(init: Any, name: str, **values: Any) -> None:
             field = str(problem["loc"][0])
             message = f"{name}({field}={values[field]!r}): {field} {message}"
         raise ValueError(message) from None
-
-
-class _Family(NamedTuple):
-    """How one model_type writes its router down."""
-
-    scoring: str  # a Scoring, or `norm_topk_prob`: that field decides between softmax and softmax_renorm
-    num_experts: tuple[str, ...]  # names of the field, the first present counts
-    only: Mapping[str, tuple[object, ...]] = MappingProxyType({})  # where present, must be one of these
-    scaled: bool = False
-    grouped: bool = False
-
-
-_LOCAL = ("num_local_experts", "num_experts")
-_ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
-_SIGMOID = _Family(
-    "sigmoid_bias",
-    _ROUTED,
-    only={"norm_topk_prob": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    scaled=True,
-    grouped=True,
-)
-_FAMILIES: dict[str, _Family] = {
-    "gpt_oss": _Family("topk_softmax", _LOCAL),
-    "granitemoe": _Family("topk_softmax", _LOCAL),
-    "mixtral": _Family("softmax_renorm", _LOCAL),
-    "olmoe": _Family("norm_topk_prob", _LOCAL),
-    "qwen2_moe": _Family("norm_topk_prob", _LOCAL),
-    "qwen3_moe": _Family("norm_topk_prob", _LOCAL),
-    "deepseek_v2": _Family(
-        "softmax",
-        _ROUTED,
-        # The transformers router ignores norm_topk_prob; DeepSeek's own renormalises and then does not scale.
-        only={
-            "norm_topk_prob": (False,),
-            "scoring_func": ("softmax",),
-            "topk_method": ("greedy", "group_limited_greedy"),
-        },
-        scaled=True,
-        grouped=True,
-    ),
-    "deepseek_v3": _SIGMOID,
-    "kimi_k2": _SIGMOID,
-    "glm4_moe": _SIGMOID,
-}
-KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(_FAMILIES))
-
-
-class _HFConfig:
-    """Read access to a transformers configuration or to a plain config.json dictionary."""
-
-    def __init__(self, config: object) -> None:
-        self._config = config
-        self.type = str(self.get("model_type"))
-
-    def get(self, name: str) -> Any:
-        if isinstance(self._config, Mapping):
-            return self._config.get(name)
-        return getattr(self._config, name, None)
-
-    def need(self, *names: str) -> Any:
-        for name in names:
-            value = self.get(name)
-            if value is not None:
-                return value
-        raise ValueError(f"RouterSpec.from_hf_config: {self.type} configuration lacks {' or '.join(names)}")
-
-    def refuse_unless(self, field: str, allowed: tuple[object, ...]) -> None:
-        value = self.get(field)
-        if value is None or value in allowed:
-            return
-        right = " or ".join(repr(a) for a in allowed)
-        raise ValueError(
-            f"RouterSpec.from_hf_config: {self.type} with {field}={value!r} is not supported, only {right}"
-        )

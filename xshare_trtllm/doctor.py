@@ -20,6 +20,8 @@ PACKAGES = (
     *("nvidia-pytriton", "tritonclient"),
 )
 ENGINE_PATH = "TensorRT-LLM 1.0 to 1.2"
+_HOOK = "tensorrt_llm, imported"
+_OTHER = "another version, back end or model: docs/pytorch_backend.md"
 _TRTLLM = "pip install tensorrt-llm==1.2.1, or run in NVIDIA's container tensorrt-llm/release:1.2.1"
 _PLUGIN = "build_scripts/build_plugin.sh"
 _INSTALL = {
@@ -38,6 +40,15 @@ _BUILD = {
     environment.PLUGIN: _PLUGIN,
 }
 _PROBE_SECONDS = 20.0
+_INSPECTION = "xshare_trtllm.trtllm.inspection"
+_INSPECTION_SECONDS = 300.0  # TensorRT-LLM imports for a minute
+# What --need asks for, by the name of its path in the report.
+PATHS = {
+    "demo": "xshare demo, route() on the host",
+    "export": "xshare export --onnx",
+    "trtllm-build": "trtllm-build --plugin xshare",
+    "trtllm-serve": "trtllm-serve with XShare",
+}
 # Loads one library in a process of its own: a library that crashes takes only that process with it.
 _PROBE = """
 import ctypes, json, sys
@@ -69,12 +80,52 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Everything, in under three seconds on a machine that is well."""
+    """Everything, in under three seconds on a machine that is well, and as long as TensorRT-LLM takes to
+    import where it is installed."""
     probes = _start_probes()
     packages = _packages()
+    inspection = _start_inspection() if _by_name(packages)["tensorrt-llm"].ok else None
     gpus = _gpus()
     libraries = [_library(name, *probe) for name, probe in probes.items()]
-    return [*packages, *libraries, _trtllm_build(), *gpus, *_paths([*packages, *libraries, *gpus])]
+    inside = [] if inspection is None else _inspected(inspection)
+    known = [*packages, *libraries, *gpus, *inside]
+    return [*packages, *libraries, _trtllm_build(), *gpus, *inside, *_paths(known)]
+
+
+def _by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+# ---- TensorRT-LLM, imported -------------------------------------------------------------------------------
+
+
+def _start_inspection() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", _INSPECTION]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _inspected(process: subprocess.Popen[str]) -> list[Check]:
+    """A line that says whether XShare knows this version, then its names, methods, back ends and models."""
+    problem, findings = "", []
+    try:
+        output, errors = process.communicate(timeout=_INSPECTION_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        problem = f"does not import within {_INSPECTION_SECONDS:.0f} s"
+    else:
+        if process.returncode != 0:
+            problem = (
+                f"does not import: {errors.strip().splitlines()[-1] if errors.strip() else 'it crashed'}"
+            )
+        else:
+            findings = json.loads(output.splitlines()[-1])
+    checks = [Check(f["group"], f["name"], f["ok"], f["found"], "" if f["ok"] else _OTHER) for f in findings]
+    missing = [check.name for check in checks if check.group == "name" and not check.ok]
+    if missing:
+        problem = f"has no {', '.join(missing)} where XShare looks"
+    found = problem or "XShare knows what it takes hold of"
+    return [Check("version", _HOOK, not problem, found, _TRTLLM if problem else ""), *checks]
 
 
 # ---- What is there ----------------------------------------------------------------------------------------
@@ -171,12 +222,12 @@ def _paths(checks: list[Check]) -> list[Check]:
     gpu = gpu or next(check for check in checks if check.group == "GPU")
     torch, trtllm = by_name["torch"], by_name["tensorrt-llm"]
     engine = [_engine_version(trtllm), by_name[environment.PLUGIN], gpu]
-    backend = [trtllm, by_name[environment.CUDA], gpu]
+    backend = [by_name.get(_HOOK, trtllm), by_name[environment.CUDA], gpu]
     return [
-        _path("xshare demo, route() on the host", [torch, by_name["transformers"]], _host(by_name)),
-        _path("xshare export --onnx", [torch, by_name["onnx"]], "exports"),
-        _path("trtllm-build --plugin xshare", engine, f"{ENGINE_PATH}, one GPU of 8.0 or newer"),
-        _path("trtllm-serve with XShare", backend, "PyTorch backend"),
+        _path(PATHS["demo"], [torch, by_name["transformers"]], _host(by_name)),
+        _path(PATHS["export"], [torch, by_name["onnx"]], "exports"),
+        _path(PATHS["trtllm-build"], engine, f"{ENGINE_PATH}, one GPU of 8.0 or newer"),
+        _path(PATHS["trtllm-serve"], backend, "PyTorch backend"),
     ]
 
 
@@ -214,18 +265,54 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--need", type=click.Choice(list(PATHS)), help="Exit with 0 only if this would run.")
+@click.option("--model", help="With --need trtllm-serve: and only for this architecture (GptOssForCausalLM).")
+@click.option(
+    "--serving", metavar="URL|PID|FILE", help="Look at a server that runs, instead of this machine."
+)
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(
+    ctx: click.Context, as_json: bool, need: str | None, model: str | None, serving: str | None
+) -> None:
     """Say what is installed, what would run, and how to mend what would not.
 
-    The exit code is 0 if one of the paths would run.
+    The exit code is 0 if one of the paths would run, or the one that --need names. With --serving: 0 if every
+    rank of the server routes by XShare.
     """
+    if serving is not None:
+        ctx.exit(_serving(serving, as_json))
     checks = examine()
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks], indent=1))
     else:
         _print(checks)
-    ctx.exit(0 if any(check.ok for check in checks if check.group == "path") else 1)
+    paths = [check for check in checks if check.group == "path" and need in (None, _NEEDS.get(check.name))]
+    would_run = any(check.ok for check in paths)
+    if model is not None:
+        would_run = would_run and any(c.ok for c in checks if (c.group, c.name) == ("model", model))
+    ctx.exit(0 if would_run else 1)
+
+
+_NEEDS = {name: option for option, name in PATHS.items()}
+
+
+def _serving(server: str, as_json: bool) -> int:
+    """Prints the ranks of a server; the exit code."""
+    from xshare_trtllm.trtllm.serving import find, judge
+
+    try:
+        status = find(server)
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    ranks = judge(status)
+    if as_json:
+        click.echo(json.dumps(status | {"judged": [asdict(rank) for rank in ranks]}, indent=1))
+    else:
+        _print([Check("rank", f"rank {rank.rank}", rank.ok, rank.found) for rank in ranks])
+    problem = status["problem"]
+    if problem is not None:
+        click.echo(problem, err=True)
+    return 0 if problem is None and all(rank.ok for rank in ranks) else 1
 
 
 def _print(checks: list[Check]) -> None:

@@ -14,14 +14,16 @@ import ctypes
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from xshare_trtllm.config import NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
+from xshare_trtllm.config import MODES, NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
 
 LIBRARY = Path(__file__).parent / "lib" / "libxshare.so"
 CUDA_LIBRARY = Path(os.environ.get("XSHARE_CUDA_LIBRARY", LIBRARY.with_name("libxshare_cuda.so")))
@@ -35,7 +37,8 @@ _INT32_MAX = 2**31 - 1
 _CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
 
 _PARAMS = struct.Struct("@I6if7ifd")  # xshare_route_params
-_TENSORS = struct.Struct("@I11P")  # xshare_route_tensors
+_TENSORS = struct.Struct("@I12P")  # xshare_route_tensors
+_DIAL = struct.Struct("@dii")  # xshare_dial
 _EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
 _EXPERTS_TENSORS = struct.Struct("@I6P")  # xshare_experts_tensors
 
@@ -46,6 +49,10 @@ _SETTINGS = (
 _INPUTS = (
     "Tensor router_logits, Tensor? correction_bias, Tensor? request_ids, Tensor? exempt, Tensor? expert_gpu"
 )
+
+_OUTSIDE = "Tensor? dial=None"  # behind the settings, so that a call without it is as before
+
+DIAL_BYTES = _DIAL.size
 
 # What the operators take after the tensors, in the order of _SETTINGS. What is off is 0, max_rows -1.
 Settings = tuple[int, str, int, int, float, int, int, int, int, int, str, float]
@@ -85,6 +92,14 @@ def settings(spec: RouterSpec, config: XShareConfig) -> Settings:
     )
 
 
+def pack_dial(config: XShareConfig, mode: str) -> bytes:
+    """An `xshare_dial` with one layer's limits: what a tensor of uint8 [DIAL_BYTES] holds that is given to
+    `route` as its `dial`. Raises ValueError for a mode that is not known."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be {', '.join(MODES)}, not {mode!r}")
+    return _DIAL.pack(config.coverage or 0.0, config.layer_budget, MODES.index(mode))
+
+
 def route(
     router_logits: Tensor,
     spec: RouterSpec,
@@ -93,12 +108,15 @@ def route(
     request_ids: Tensor | None = None,
     exempt: Tensor | None = None,
     expert_gpu: Tensor | None = None,
+    dial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All stages of XShare in native code, where `router_logits` is: on the host or on a CUDA device.
 
     router_logits [T, E] fp32, bf16 or fp16; correction_bias [E] float; request_ids [T] int, -1 = padding;
-    exempt [T] bool; expert_gpu [E] int. Returns expert_ids int32 [T, k], expert_weights fp32 [T, k],
-    active_experts bool [E] and stats int64 [8] (`xshare_stat` in xshare.h).
+    exempt [T] bool; expert_gpu [E] int; dial uint8 [DIAL_BYTES], whose coverage, budget and mode
+    (`pack_dial`) are read when the call runs, also when a captured graph replays it, in place of those of
+    `config`. Returns expert_ids int32 [T, k], expert_weights fp32 [T, k], active_experts bool [E] and stats
+    int64 [8] (`xshare_stat` in xshare.h).
 
     Raises ValueError for values that do not fit together, RuntimeError where the library is not built or a
     CUDA call fails. What device tensors hold is not checked (xshare_cuda.h says what is made of it); int64
@@ -106,10 +124,10 @@ def route(
     """
     tensors = (router_logits, correction_bias, request_ids, exempt, expert_gpu)
     if torch.compiler.is_compiling():
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _route_op(*tensors, *settings(spec, config))
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _route_op(*tensors, *settings(spec, config), dial)
         return outputs
     call = _route_op if _needs_dispatcher(router_logits) else _route_cpu
-    outputs = call(*tensors, *_cached_settings(spec, config))
+    outputs = call(*tensors, *_cached_settings(spec, config), dial)
     return outputs
 
 
@@ -121,14 +139,19 @@ def mask_logits(
     request_ids: Tensor | None = None,
     exempt: Tensor | None = None,
     expert_gpu: Tensor | None = None,
+    dial: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
-    """The selection of `route` as logits [T, E] of the same dtype: `-inf` outside a row's allowed experts."""
+    """The selection of `route` as logits [T, E] of the same dtype: `-inf` outside a row's allowed experts.
+
+    counters  int64 [NUM_STATS]: the statistics of the call are added to it
+    """
     tensors = (router_logits, correction_bias, request_ids, exempt, expert_gpu)
     if torch.compiler.is_compiling():
-        masked: Tensor = _mask_logits_op(*tensors, *settings(spec, config))
+        masked: Tensor = _mask_logits_op(*tensors, *settings(spec, config), dial, counters)
         return masked
     call = _mask_logits_op if _needs_dispatcher(router_logits) else _mask_logits_cpu
-    masked = call(*tensors, *_cached_settings(spec, config))
+    masked = call(*tensors, *_cached_settings(spec, config), dial, counters)
     return masked
 
 
@@ -346,12 +369,15 @@ def _call(
     request_ids: Tensor | None,
     exempt: Tensor | None,
     expert_gpu: Tensor | None,
-    values: Settings,
+    values: tuple[Any, ...],
     outputs: tuple[int, int, int, int, int],
     device: torch.device | None = None,
 ) -> None:
+    settings, dial = _settings_and_dial(values)
     num_tokens, num_experts = router_logits.shape
-    params = _packed_params(num_tokens, num_experts, router_logits.dtype, values)
+    params = _packed_params(num_tokens, num_experts, router_logits.dtype, settings)
+    if dial is not None and (dial.dtype is not torch.uint8 or dial.shape != (DIAL_BYTES,)):
+        raise ValueError(f"dial: must be uint8 [{DIAL_BYTES}], got {dial.dtype} {list(dial.shape)}")
     logits = router_logits if router_logits.is_contiguous() else router_logits.contiguous()
     bias = gpus = ids = free = None
     if correction_bias is not None:
@@ -375,11 +401,18 @@ def _call(
         _address(gpus),
         *outputs,
         0,  # step_bias
+        _address(dial),
     )
     if device is None:
         _raise_unless_ok(_library().xshare_route_cpu(params, tensors, None, 0))
     else:
         _enqueue(params, tensors, device)
+
+
+def _settings_and_dial(values: tuple[Any, ...]) -> tuple[Settings, Tensor | None]:
+    """Of what an operator takes after the tensors; what has its default may be left out there."""
+    number = len(get_args(Settings))
+    return values[:number], values[number] if len(values) > number else None  # type: ignore[return-value]
 
 
 def _call_on_device(
@@ -388,7 +421,7 @@ def _call_on_device(
     request_ids: Tensor | None,
     exempt: Tensor | None,
     expert_gpu: Tensor | None,
-    values: Settings,
+    values: tuple[Any, ...],
     outputs: tuple[int, int, int, int, int],
 ) -> None:
     device = router_logits.device
@@ -396,6 +429,7 @@ def _call_on_device(
     _check_device("request_ids", request_ids, device)
     _check_device("exempt", exempt, device)
     _check_device("expert_gpu", expert_gpu, device)
+    _check_device("dial", _settings_and_dial(values)[1], device)
     if request_ids is not None:
         request_ids = _request_ids_on_device(request_ids)
     _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs, device)
@@ -444,7 +478,7 @@ def _route_cpu(
     outputs = _empty_outputs(*_shape(router_logits), values[0])
     ids, weights, active, stats = (output.data_ptr() for output in outputs)
     addresses = (ids, weights, 0, active, stats)
-    _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)  # type: ignore[arg-type]
+    _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)
     return outputs
 
 
@@ -459,7 +493,7 @@ def _route_cuda(
     outputs = _empty_outputs(*_shape(router_logits), values[0], router_logits.device)
     ids, weights, active, stats = (output.data_ptr() for output in outputs)
     addresses = (ids, weights, 0, active, stats)
-    _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)  # type: ignore[arg-type]
+    _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)
     return outputs
 
 
@@ -484,8 +518,9 @@ def _mask_logits_cpu(
 ) -> Tensor:
     _shape(router_logits)
     masked = torch.empty(router_logits.shape, dtype=router_logits.dtype)
-    outputs = (0, 0, masked.data_ptr(), 0, 0)
-    _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)  # type: ignore[arg-type]
+    with _counted(values, masked.device) as stats:
+        outputs = (0, 0, masked.data_ptr(), 0, stats)
+        _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)
     return masked
 
 
@@ -499,9 +534,22 @@ def _mask_logits_cuda(
 ) -> Tensor:
     _shape(router_logits)
     masked = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
-    outputs = (0, 0, masked.data_ptr(), 0, 0)
-    _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)  # type: ignore[arg-type]
+    with _counted(values, masked.device) as stats:
+        outputs = (0, 0, masked.data_ptr(), 0, stats)
+        _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)
     return masked
+
+
+@contextmanager
+def _counted(values: tuple[Any, ...], device: torch.device) -> Iterator[int]:
+    """Where a call may write its statistics (0: nowhere), to be added to the operator's last argument."""
+    counters = values[-1] if len(values) == len(get_args(Settings)) + 2 else None
+    if counters is None:
+        yield 0
+        return
+    stats = torch.empty(NUM_STATS, dtype=torch.int64, device=device)
+    yield stats.data_ptr()
+    counters.add_(stats)
 
 
 def _mask_logits_fake(router_logits: Tensor, *_: Any) -> Tensor:
@@ -509,8 +557,8 @@ def _mask_logits_fake(router_logits: Tensor, *_: Any) -> Tensor:
 
 
 _definitions: Any = torch.library.Library("xshare", "DEF")
-_definitions.define(f"route({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_definitions.define(f"mask_logits({_INPUTS}, {_SETTINGS}) -> Tensor")
+_definitions.define(f"route({_INPUTS}, {_SETTINGS}, {_OUTSIDE}) -> (Tensor, Tensor, Tensor, Tensor)")
+_definitions.define(f"mask_logits({_INPUTS}, {_SETTINGS}, {_OUTSIDE}, Tensor(a!)? counters=None) -> Tensor")
 _definitions.impl("route", _route_cpu, "CPU")
 _definitions.impl("mask_logits", _mask_logits_cpu, "CPU")
 _definitions.impl("route", _route_cuda, "CUDA")

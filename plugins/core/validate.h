@@ -180,7 +180,8 @@ inline xshare_status check_pointers(const xshare_route_params& p, const xshare_r
                     {t.expert_ids, 4, "expert_ids"},
                     {t.expert_weights, 4, "expert_weights"},
                     {t.step_bias, 4, "step_bias"},
-                    {t.stats, 8, "stats"}};
+                    {t.stats, 8, "stats"},
+                    {t.dial, 8, "dial"}};
     for (const auto& each : pointers) {
         const xshare_status status = check_pointer(each.pointer, each.alignment, each.name, message);
         if (status != XSHARE_OK) return status;

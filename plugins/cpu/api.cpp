@@ -2,6 +2,7 @@
 // The C functions: structs in, checks, the thread's own workspace and message. Nothing throws past this file.
 #include <stdlib.h>
 
+#include "core/dial.h"
 #include "core/validate.h"
 #include "cpu/route.h"
 
@@ -40,6 +41,17 @@ xshare_status find_workspace(size_t needed, void* workspace, size_t workspace_si
     return check_workspace(needed, workspace, workspace_size, last_error());
 }
 
+// The parameters as the dial has them.
+void turn(xshare_route_params& p, const xshare_dial* dial) {
+    if (dial == nullptr) return;
+    p.budget = dialled_budget(p, *dial);
+    p.coverage = dialled_coverage(*dial);
+    if (dial->mode != XSHARE_OFF) return;
+    p.budget = p.num_experts;
+    p.coverage = 0.0;
+    p.request_budget = p.gpu_budget = 0;
+}
+
 }  // namespace
 }  // namespace xshare
 
@@ -66,6 +78,7 @@ xshare_status xshare_route_cpu(const xshare_route_params* params, const xshare_r
     if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_route_tensors", t, last_error());
     if (status == XSHARE_OK) status = check_params(p, last_error());
     if (status == XSHARE_OK) status = check_pointers(p, t, last_error());
+    if (status == XSHARE_OK) turn(p, t.dial);
     if (status == XSHARE_OK) status = check_contents(p, t, last_error());
     if (status == XSHARE_OK)
         status = find_workspace(route_workspace_size(p), workspace, workspace_size, buffer);

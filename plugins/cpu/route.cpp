@@ -58,7 +58,8 @@ class Router {
           num_padded_(padded(params.num_experts)),
           kept_keys_(reinterpret_cast<int32_t*>(workspace)),
           kinds_(reinterpret_cast<RowKind*>(workspace + layout_.kinds_at)),
-          order_(reinterpret_cast<uint64_t*>(workspace + layout_.order_at)) {}
+          order_(reinterpret_cast<uint64_t*>(workspace + layout_.order_at)),
+          is_shadow_(tensors.dial != nullptr && tensors.dial->mode == XSHARE_SHADOW) {}
 
     void run() {
         classify_rows();
@@ -69,10 +70,11 @@ class Router {
             for (int row = 0; row < p_.num_tokens; ++row) score_row(row, sums_);
         choose_experts();
         if (!stand_aside_) refine_rows();
+        write_stats();
+        if (is_shadow_ && !stand_aside_) show_own_choice();
         write_padding_rows();
         write_active_experts();
         write_step_bias();
-        write_stats();
     }
 
   private:
@@ -139,17 +141,22 @@ class Router {
         for (int j = 0; j < own.count; ++j) before_.add(own.ids[j]);
         if (stand_aside_ || kinds_[row] == RowKind::kExempt) {
             for (int j = 0; j < own.count; ++j) exempt_experts_.add(own.ids[j]);
-            write_row(row, own);
-            if (t_.masked_logits != nullptr && masked_of(row) != logits_of(row))
-                std::copy_n(logits_of(row), static_cast<size_t>(p_.num_experts) * logit_size_,
-                            masked_of(row));
+            count_row(own);
+            write_own_choice(row, own);
             return;
         }
+        if (is_shadow_) write_own_choice(row, own);
         for (int j = 0; j < std::min(own.count, p_.warmup); ++j) warmup_experts_.add(own.ids[j]);
         if (p_.utility == XSHARE_AFFINITY)
             kernels_.accumulate(scores_.affinity, p_.num_experts, sums);
         else
             add_squared_weights(row, own, sums);
+    }
+
+    void write_own_choice(int row, const Picks& own) {
+        write_row(row, own);
+        if (t_.masked_logits != nullptr && masked_of(row) != logits_of(row))
+            std::copy_n(logits_of(row), static_cast<size_t>(p_.num_experts) * logit_size_, masked_of(row));
     }
 
     void add_squared_weights(int row, const Picks& own, int64_t* sums) const {
@@ -200,9 +207,10 @@ class Router {
                     make_padding(row);
                     continue;
                 }
-                write_row(row, picks);
+                count_row(picks);
+                if (!is_shadow_) write_row(row, picks);
             }
-            if (t_.masked_logits != nullptr)
+            if (t_.masked_logits != nullptr && !is_shadow_)
                 kernels_.mask(logits_of(row), p_.logits_dtype, mask_bits(p_), allowed_, keys, p_.num_experts,
                               masked_of(row));
         }
@@ -210,7 +218,7 @@ class Router {
 
     // A row that finds nothing in S; what it will name counts.
     void make_padding(int row) {
-        kinds_[row] = RowKind::kPadding;
+        if (!is_shadow_) kinds_[row] = RowKind::kPadding;
         for (int j = 0; j < p_.top_k; ++j) after_.add(padding_id(j));
     }
 
@@ -229,10 +237,21 @@ class Router {
         return picks;
     }
 
+    void count_row(const Picks& picks) {
+        for (int j = 0; j < picks.count; ++j) after_.add(picks.ids[j]);
+    }
+
+    // The outputs of a shadow: the experts in use are those of the rows' own choices.
+    void show_own_choice() {
+        stand_aside_ = true;
+        std::fill_n(allowed_, p_.num_experts, 0);
+        num_active_ = before_.list(active_ids_);
+        for (int i = 0; i < num_active_; ++i) allowed_[active_ids_[i]] = 1;
+    }
+
     // One real row that found at least one expert.
     void write_row(int row, const Picks& picks) {
         const size_t first = static_cast<size_t>(row) * static_cast<size_t>(p_.top_k);
-        for (int j = 0; j < picks.count; ++j) after_.add(picks.ids[j]);
         for (int j = 0; t_.expert_ids != nullptr && j < p_.top_k; ++j)
             t_.expert_ids[first + j] = picks.ids[std::min(j, picks.count - 1)];
         if (t_.expert_weights != nullptr) write_weights(row, picks, t_.expert_weights + first);
@@ -321,6 +340,7 @@ class Router {
 
     int num_real_rows_ = 0, num_exempt_rows_ = 0;
     bool stand_aside_ = false;
+    const bool is_shadow_;
     ExpertSet before_, after_, exempt_experts_, warmup_experts_;
     Selection selection_;
     int num_active_ = 0;

@@ -3,6 +3,7 @@
 #ifndef XSHARE_CUDA_ARGS_H
 #define XSHARE_CUDA_ARGS_H
 
+#include "core/dial.h"
 #include "core/limits.h"
 #include "core/platform.h"
 #include "xshare/xshare.h"
@@ -30,17 +31,24 @@ struct RouteArgs {
     xshare_route_tensors t;
     unsigned char* workspace;
 
+    // The dial is device memory: these are for kernels, behind the wait for the kernel before.
+    XSHARE_METHOD int budget() const { return t.dial == nullptr ? p.budget : dialled_budget(p, *t.dial); }
+    XSHARE_METHOD double coverage() const {
+        return t.dial == nullptr ? p.coverage : dialled_coverage(*t.dial);
+    }
+    XSHARE_METHOD bool is_shadow() const { return t.dial != nullptr && t.dial->mode == XSHARE_SHADOW; }
     // XShare is off whatever the rows are: the model's own routing needs no second look at them.
     XSHARE_METHOD bool is_off() const {
-        return p.budget >= p.num_experts && p.gpu_budget == 0 && p.request_budget == 0 && p.coverage == 0.0;
+        return (t.dial != nullptr && t.dial->mode == XSHARE_OFF) ||
+               (budget() >= p.num_experts && p.gpu_budget == 0 && p.request_budget == 0 && coverage() == 0.0);
     }
     XSHARE_METHOD bool stands_aside(uint32_t num_real_rows) const {
         return is_off() || (p.max_rows >= 0 && num_real_rows > static_cast<uint32_t>(p.max_rows));
     }
     // Whether every row's own top-k must be known, and not its warm-up alone.
     XSHARE_METHOD bool needs_own_choice() const {
-        return p.utility == XSHARE_SQUARED_WEIGHT || t.stats != nullptr || p.warmup == p.top_k || is_off() ||
-               (t.step_bias != nullptr && t.exempt != nullptr) ||
+        return p.utility == XSHARE_SQUARED_WEIGHT || t.stats != nullptr || t.dial != nullptr ||
+               p.warmup == p.top_k || is_off() || (t.step_bias != nullptr && t.exempt != nullptr) ||
                (p.max_rows >= 0 && p.num_tokens > p.max_rows);
     }
     // Whether it matters which experts of S a row takes. With a warm-up, S has one for every row.
@@ -49,7 +57,7 @@ struct RouteArgs {
     }
     // Coverage sets the budget of each GPU.
     XSHARE_METHOD bool caps_gpus() const {
-        return p.coverage > 0.0 && p.gpu_budget == 0 && t.expert_gpu != nullptr;
+        return p.gpu_budget == 0 && t.expert_gpu != nullptr && coverage() > 0.0;
     }
     XSHARE_METHOD bool limits_gpus() const { return p.gpu_budget > 0 || caps_gpus(); }
     XSHARE_METHOD bool is_marked_exempt(int row) const { return t.exempt != nullptr && t.exempt[row] != 0; }

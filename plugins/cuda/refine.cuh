@@ -33,26 +33,36 @@ XSHARE_DEVICE bool pick_active(const RouteArgs& args, uint32_t active, int index
         for (int i = 0; i < V; ++i) row.keys[i] = active >> i & 1 ? row.keys[i] : kUnavailable;
         take_best(row.keys, num_missing, kMaxTopK, picks);
         if (picks.lanes == 0) return false;
-        write_row(args, index, picks, weigh(args, index, picks));
+        if (!args.is_shadow()) write_row(args, index, picks, weigh(args, index, picks));
     }
     if (args.t.stats != nullptr && picks.is_here()) add_expert<V>(after, picks.id);
     return true;
 }
 
-// Where XShare stands aside, and of an exempt row, the own choice has been written.
+// The experts that a shadow leaves in use, or S: this lane's bits.
+XSHARE_DEVICE uint32_t experts_in_use(const RouteArgs& args, uint32_t active, const uint32_t* before) {
+    return args.is_shadow() ? before[device::lane()] : active;
+}
+
+// Where XShare stands aside, and of an exempt row, the own choice has been written; so has it in a shadow, in
+// which S is for the statistics alone and the experts in use are those of the rows' own choices.
 template <int V>
-XSHARE_DEVICE void refine_row(const RouteArgs& args, bool stands_aside, uint32_t active, int index,
-                              Row<V>& row, uint32_t* after) {
+XSHARE_DEVICE void refine_row(const RouteArgs& args, bool stands_aside, uint32_t active, uint32_t in_use,
+                              int index, Row<V>& row, uint32_t* after) {
     const bool real = row.kind != RowKind::kPadding;
+    const bool keeps_own = real && args.is_shadow();
     bool padding = !real;
     if (row.kind == RowKind::kShared && !stands_aside && args.needs_picks())
         padding = !pick_active(args, active, index, row, after);
-    if (padding) write_padding_row<V>(args, index, active, real && args.t.stats != nullptr ? after : nullptr);
+    if (padding)
+        write_padding_row<V>(args, index, real ? active : in_use, !keeps_own,
+                             real && args.t.stats != nullptr ? after : nullptr);
     if (args.t.masked_logits == nullptr) return;
-    const bool empty = device::ballot(active != 0) == 0;
-    const bool keeps_all = padding ? empty : stands_aside || row.kind == RowKind::kExempt;
+    padding = padding && !keeps_own;
+    const bool empty = device::ballot(in_use != 0) == 0;
+    const bool keeps_all = padding ? empty : stands_aside || keeps_own || row.kind == RowKind::kExempt;
     device::sync_warp();  // in place: the weights have read this row
-    write_masked<V>(args, index, padding, allowed_experts(keeps_all, padding, active, row.available));
+    write_masked<V>(args, index, padding, allowed_experts(keeps_all, padding, in_use, row.available));
 }
 
 // Where a row's own choice has been written whatever S is, a second look at it is for its kind alone.
@@ -68,7 +78,8 @@ XSHARE_DEVICE void write_selection(const RouteArgs& args, bool stands_aside, con
         const bool is_active = has<V>(active, e);
         if (args.t.active_experts != nullptr) args.t.active_experts[e] = is_active;
         if (args.t.step_bias != nullptr)
-            args.t.step_bias[e] = is_active || stands_aside ? bias_of(args, e) : mask_value(args.p);
+            args.t.step_bias[e] =
+                is_active || stands_aside || args.is_shadow() ? bias_of(args, e) : mask_value(args.p);
     }
 }
 

@@ -172,14 +172,16 @@ XSHARE_DEVICE void refine_rows(const RouteArgs& args) {
     device::sync_block();
     select_experts(args, shared.selection);
     const uint32_t active = shared.selection.active[device::lane()];
+    const uint32_t in_use = experts_in_use(args, active, shared.selection.sets.before);
     const bool stands_aside = shared.selection.stands_aside;
     Row<V> row;
     for (int index = first_row(); index < args.p.num_tokens; index += row_step()) {
         look_again(args, stands_aside, index, row);
-        refine_row<V>(args, stands_aside, active, index, row, shared.after);
+        refine_row<V>(args, stands_aside, active, in_use, index, row, shared.after);
     }
     if (device::block() == 0) {
-        write_selection<V>(args, stands_aside, shared.selection.active);
+        write_selection<V>(args, stands_aside,
+                           args.is_shadow() ? shared.selection.sets.before : shared.selection.active);
         if (thread < device::kWarpSize) w.totals->active[thread] = active;
         if (thread == 0) w.totals->warmup_overflow = shared.selection.warmup_overflow;
     }

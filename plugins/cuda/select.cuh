@@ -132,7 +132,7 @@ XSHARE_DEVICE int find_gpu_cap(const RouteArgs& args, Selection<V, Sum>& s) {
     rank_candidates(s);
     device::sync_block();
     const Coverage exempt = coverage_of(s, s.sets.exempt[device::lane()]);
-    const uint64_t enough = share_of(args.p.coverage, exempt.total);
+    const uint64_t enough = share_of(args.coverage(), exempt.total);
     const int least_size =
         min_of(args.p.top_k, static_cast<int32_t>(exempt.size + s.num_candidates));  // of what there is
     uint64_t covered = exempt.covered;
@@ -180,12 +180,12 @@ XSHARE_DEVICE void fill_budget(const RouteArgs& args, Selection<V, Sum>& s) {
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i)
         sums[i] = candidates >> i & 1 ? s.utilities[i * device::kWarpSize + device::lane()] : Sum{0};
-    const uint32_t num_counted = count_warmup(counted_experts(s), true, args.p.budget, s);
-    const uint32_t room = less_or_none(args.p.budget, num_counted);
+    const uint32_t num_counted = count_warmup(counted_experts(s), true, args.budget(), s);
+    const uint32_t room = less_or_none(args.budget(), num_counted);
     uint32_t added = 0;
-    if (args.p.coverage > 0.0 && !args.caps_gpus()) {
+    if (args.coverage() > 0.0 && !args.caps_gpus()) {
         const Coverage known = coverage_of(s, taken);
-        const uint64_t enough = share_of(args.p.coverage, known.total);
+        const uint64_t enough = share_of(args.coverage(), known.total);
         added = take_largest(sums, RoomAndCoverage{room, less_or_none(args.p.top_k, known.size),
                                                    enough > known.covered ? enough - known.covered : 0});
     } else {

@@ -127,6 +127,7 @@ template <int V>
 XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_warps, int scored,
                                StepShared<V>& shared, Row<V>& row) {
     const uint32_t active = shared.deciding.selection.active[device::lane()];
+    const uint32_t in_use = experts_in_use(args, active, shared.deciding.selection.sets.before);
     const bool stands_aside = shared.deciding.selection.stands_aside;
     // Backwards: the row that was scored last comes first and still has its scores.
     const int last_round = (args.p.num_tokens - 1 - this_warp) / team_warps;
@@ -134,7 +135,7 @@ XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_wa
         if (index >= args.p.num_tokens) continue;
         if (index != scored) look_again(args, stands_aside, index, row);
         scored = -1;
-        refine_row<V>(args, stands_aside, active, index, row, shared.gathered.sets.after);
+        refine_row<V>(args, stands_aside, active, in_use, index, row, shared.gathered.sets.after);
     }
 }
 
@@ -174,7 +175,9 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     select_experts(args, shared.deciding.selection);
     refine_step(args, this_warp, team_warps, scored, shared, row);
     if (rank == 0)
-        write_selection<V>(args, shared.deciding.selection.stands_aside, shared.deciding.selection.active);
+        write_selection<V>(
+            args, shared.deciding.selection.stands_aside,
+            args.is_shadow() ? shared.deciding.selection.sets.before : shared.deciding.selection.active);
     if (args.t.stats != nullptr) {
         device::sync_team();
         if (rank == 0) tally_step(args, source, shared);

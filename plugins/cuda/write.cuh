@@ -52,7 +52,8 @@ XSHARE_DEVICE void write_row(const RouteArgs& args, int row, const Picks& picks,
 
 // The lowest ids of S: a row that is not real activates nothing new. `after` is for one that was.
 template <int V>
-XSHARE_DEVICE void write_padding_row(const RouteArgs& args, int row, uint32_t active, uint32_t* after) {
+XSHARE_DEVICE void write_padding_row(const RouteArgs& args, int row, uint32_t active, bool is_written,
+                                     uint32_t* after) {
     const int lane = device::lane();
     int32_t keys[V];
     XSHARE_UNROLL
@@ -61,7 +62,7 @@ XSHARE_DEVICE void write_padding_row(const RouteArgs& args, int row, uint32_t ac
     const int32_t last_id = device::shuffle(lowest.id, max_of(lowest.count() - 1, 0));
     if (lane >= args.p.top_k) return;
     const int32_t id = lowest.is_here() ? lowest.id : last_id;
-    write_slot(args, row, lane, id, 0.0f);
+    if (is_written) write_slot(args, row, lane, id, 0.0f);
     if (after != nullptr) add_expert<V>(after, id);
 }
 

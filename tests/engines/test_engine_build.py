@@ -141,10 +141,11 @@ def test_contract_builds_an_engine_and_says_from_what(shop: Workshop) -> None:
     assert f"env LD_PRELOAD={shop.folder}/plugin.so trtllm-serve {shop.output}/engine" in output
     manifest = shop.manifest("engine")
     assert manifest["recipe"]["file"] == "Mixtral-8x7B.sm_80.yaml"
-    assert manifest["xshare"]["budget"]["origin"] == "extrapolated"
+    assert manifest["xshare"]["coverage"]["origin"] == "shipped models"
     assert manifest["command"][:3] == ["trtllm-build", "--plugin", "xshare"]
     assert manifest["command"][-4:] == ["--gemm_plugin", "bfloat16", "--workers", "2"]
-    assert manifest["inputs"]["xshare"] == {"budget": 6, "warmup": 1, "max_rows": 48}
+    utility = {"utility": "squared_weight"}
+    assert manifest["inputs"]["xshare"] == {"warmup": 1, "coverage": 0.97, "max_rows": 48} | utility
     assert len(manifest["inputs"]["plugin"]["file"]) == 64
     assert set(manifest["files"]) == {"config.json", "rank0.engine", "xshare.yaml"}
     assert set(shop.manifest("checkpoint")["inputs"]["files"]) == {"config.json", "model"}
@@ -158,11 +159,11 @@ def test_contract_a_second_run_reuses_what_is_unchanged(shop: Workshop) -> None:
     assert output.count("unchanged, reused") == 2
 
     settings = yaml.safe_load(shop.recipe.read_text())["xshare"]
-    settings["budget"]["value"] = 5
+    settings["coverage"]["value"] = 0.95
     shop.change_recipe(xshare=settings)
     shop.run_well()
-    assert shop.made == ["build"], "another budget needs no other checkpoint"
-    assert b"budget: 5" in shop.tree()["engine/config.json"]
+    assert shop.made == ["build"], "another coverage needs no other checkpoint"
+    assert b"coverage: 0.95" in shop.tree()["engine/config.json"]
 
     shop.write("plugin.so", "another plugin")
     shop.run_well()
@@ -233,16 +234,17 @@ def test_what_is_missing_is_said_before_anything_runs(shop: Workshop) -> None:
     assert not shop.output.exists()
 
 
-def test_pytorch_path_writes_options_and_the_module(shop: Workshop) -> None:
+def test_pytorch_path_writes_options_and_the_configuration(shop: Workshop) -> None:
     shop.recipe = ROOT / "engines" / "Kimi-K2.sm_90.yaml"
     output = shop.run_well(checkpoint=False)
     serve = shop.output / "serve"
     assert yaml.safe_load((serve / "options.yaml").read_text())["moe_config"] == {"backend": "CUTLASS"}
-    written = yaml.safe_load((serve / "xshare_module" / "xshare.yaml").read_text())
-    assert written == {"budget": 77, "warmup": 1, "gpu_budget": 7, "max_rows": 48}
+    written = yaml.safe_load((serve / "xshare.yaml").read_text())
+    assert written == {"warmup": 1, "coverage": 0.97, "max_rows": 48, "utility": "squared_weight"}
     assert not any(b".serve.new" in text for text in shop.tree().values())
-    assert f"PYTHONPATH={serve} srun" in output and "--ntasks 16" in output
-    for option in ("--tp_size 16", "--ep_size 16", "--max_batch_size 16", f"--custom_module_dirs {serve}"):
+    assert f"TRTLLM_XSHARE={serve}/xshare.yaml srun" in output and "--ntasks 16" in output
+    assert "trtllm-llmapi-launch xshare trtllm" in output
+    for option in ("--tp_size 16", "--ep_size 16", "--max_batch_size 16", f"--config {serve}/xshare.yaml"):
         assert option in output
     assert "would be reused" in shop.run_well("--dry-run", checkpoint=False)
     assert "would be made" in shop.run_well("--dry-run"), "another checkpoint is another command"
@@ -256,4 +258,4 @@ def test_every_recipe_can_be_shown(recipe: Path) -> None:
 
     shown = CliRunner().invoke(main, ["build", "--recipe", str(recipe), "--dry-run"])
     assert shown.exit_code == 0, shown.output
-    assert "trtllm-serve" in shown.output and "'budget':" in shown.output
+    assert "trtllm-serve" in shown.output and ("'budget':" in shown.output or "'coverage':" in shown.output)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from model_configs import CONFIGS, PARAMETERS, kv_bytes_per_token, num_experts, weights_gb
+from model_configs import CONFIGS, PARAMETERS, kv_bytes_per_token, weights_gb
 
 from xshare_trtllm.config import RouterSpec
 from xshare_trtllm.engines.recipe import USABLE_MEMORY, Recipe, load_recipe
@@ -42,13 +42,16 @@ def test_docs_have_the_recipes_numbers(path: Path) -> None:
     recipe = load_recipe(path)
     lines = (ROOT / "docs" / "engines.md").read_text().splitlines()
     [row] = [line for line in lines if line.startswith(f"| `{path.stem}` | ")]
+    limit = f"{recipe.config.budget} of {recipe.router.num_experts}"
+    if recipe.config.coverage is not None:
+        limit = f"coverage {recipe.config.coverage}"
     for cell in (
         f"| {recipe.hardware.gpus} x ",
         f"| {recipe.path} | {recipe.weights} |",
-        f"| {recipe.weights_gb_per_gpu:.1f} | {recipe.config.budget} of {recipe.router.num_experts}",
+        f"| {recipe.weights_gb_per_gpu:.1f} | {limit}",
     ):
         assert cell in row
-    assert recipe.xshare["budget"].origin in row
+    assert recipe.xshare["coverage" if recipe.config.coverage else "budget"].origin in row
 
 
 def test_router_is_the_models_own(recipe: Recipe) -> None:
@@ -83,28 +86,22 @@ def test_blocks_of_fp8_weights_are_not_cut(recipe: Recipe) -> None:
     assert config["moe_intermediate_size"] % (128 * slices) == 0
 
 
-def active_at_random(experts: int, top_k: int, batch: int) -> float:
-    """Distinct experts of `batch` rows that choose at random."""
-    return experts * (1 - (1 - top_k / experts) ** batch)
+def test_a_limit_was_measured_on_this_model_or_is_a_coverage(recipe: Recipe) -> None:
+    """A number of experts says nothing about another model; a share of what its rows ask for does."""
+    budget, coverage = recipe.xshare.get("budget"), recipe.xshare.get("coverage")
+    assert (budget is None) != (coverage is None)
+    if budget is not None:
+        assert budget.origin in ("public report", "own calibration")
+    if coverage is not None:
+        assert coverage.value == 0.97 and "not this one: calibrate" in coverage.reference
 
 
-def test_extrapolated_budgets_follow_their_arithmetic(recipe: Recipe) -> None:
-    budget = recipe.xshare["budget"]
-    if budget.origin != "extrapolated":
-        return
-    config = CONFIGS[recipe.model]
-    experts, top_k = num_experts(config), config["num_experts_per_tok"]
-    assert f"0.7 * {experts} * (1 - (1 - {top_k}/{experts})^16)" in budget.reference
-    assert budget.value == round(0.7 * active_at_random(experts, top_k, 16))
-
-
-def test_gpu_budgets_leave_room_for_the_budget(recipe: Recipe) -> None:
+def test_gpu_budgets_are_the_papers(recipe: Recipe) -> None:
     per_gpu = recipe.config.gpu_budget
     if per_gpu is None:
         return
     assert per_gpu == -(-8.6 * recipe.router.num_experts // (32 * recipe.parallel.expert))  # rounded up
-    assert isinstance(recipe.config.budget, int)
-    assert per_gpu * recipe.parallel.expert >= recipe.config.budget
+    assert per_gpu * recipe.parallel.expert >= (recipe.config.budget or recipe.router.top_k)
 
 
 def test_origins_say_where_to_look(recipe: Recipe) -> None:
@@ -150,7 +147,7 @@ def refusal(folder: Path, name: str = "gpt-oss-120b.sm_90", **changes: object) -
         ({"router__expert": 3}, "router: unknown key 'expert'; known are"),
         ({"router": 3}, "router=3: must be num_experts, top_k, scoring and the rest of RouterSpec"),
         ({"xshare__budget__value": 3}, "XShareConfig(budget=3): budget must be at least top_k=4"),
-        ({"xshare__budget": None}, "XShareConfig: budget is missing"),
+        ({"xshare__budget": None}, "XShareConfig: nothing is limited; set coverage"),
         (
             {"xshare__bugdet": {"value": 1, "origin": "paper", "reference": "arXiv 2602"}},
             "XShareConfig: unknown",

@@ -182,6 +182,7 @@ struct Call {
     std::vector<float> bias;
     std::vector<int32_t> request_ids, expert_gpu;
     std::vector<uint8_t> exempt;
+    std::vector<xshare_dial> dial;
 
     explicit Call(const xshare_route_params& params) : p(params) {
         const size_t rows = static_cast<size_t>(p.num_tokens), experts = static_cast<size_t>(p.num_experts);
@@ -200,6 +201,10 @@ struct Call {
         if (one_in(3)) {
             exempt.resize(rows);
             for (uint8_t& e : exempt) e = one_in(4) ? static_cast<uint8_t>(between(1, 255)) : 0;
+        }
+        if (one_in(3)) {
+            const double coverage = one_of({0.0, 0.3, 0.9, 0.97, 1.0, 2.0, -1.0, static_cast<double>(NAN)});
+            dial.push_back({coverage, between(-1, p.num_experts + 1), between(0, 2)});
         }
         if (p.gpu_budget > 0 || one_in(2)) {
             const int gpus = std::min(one_of({1, 2, 8, 512}), p.num_experts);
@@ -318,6 +323,7 @@ RouteArgs arguments(Call& call, Outputs& out, const Wanted& wanted) {
     if (wanted.active) t.active_experts = out.active.data();
     if (wanted.bias) t.step_bias = out.bias.data();
     if (wanted.stats) t.stats = out.stats.data();
+    if (!call.dial.empty()) t.dial = call.dial.data();
     return args;
 }
 
@@ -338,12 +344,12 @@ void print_call(const Call& call, const Machine& m) {
         "T=%d E=%d k=%d scoring=%d dtype=%d groups=%d/%d m=%d k0=%d m_r=%d m_g=%d c=%g max_rows=%d "
         "utility=%d "
         "mask=%g ids=%d exempt=%d gpus=%d | team=%d "
-        "step=%d rows=%d x %d block_rows=%d team_rows=%d max_block_rows=%d\n",
+        "step=%d rows=%d x %d block_rows=%d team_rows=%d max_block_rows=%d dial=%d\n",
         p.num_tokens, p.num_experts, p.top_k, p.scoring, p.logits_dtype, p.top_k_groups, p.num_groups,
         p.budget, p.warmup, p.request_budget, p.gpu_budget, p.coverage, p.max_rows, p.utility,
         static_cast<double>(p.mask_value), !call.request_ids.empty(), !call.exempt.empty(),
         !call.expert_gpu.empty(), m.max_team_size, m.max_step_threads, m.row_threads, m.max_row_blocks,
-        m.block_rows, m.team_rows, m.max_block_rows);
+        m.block_rows, m.team_rows, m.max_block_rows, call.dial.empty() ? -1 : call.dial[0].mode);
 }
 
 bool run_case() {

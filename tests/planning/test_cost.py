@@ -216,11 +216,24 @@ def test_parallelism_is_of_one_kind():
     [
         (
             {"quantization_config": {"quant_method": "awq"}},
-            "quant_method='awq' is not known; known are mxfp4",
+            "the quantisation block lacks bits or w_bit; give --weight-bits",
         ),
         ({"torch_dtype": None}, "dtype=None is not known"),
         ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
-        ({"mlp_only_layers": [1]}, "mlp_only_layers are not supported"),
+        (
+            {"quantization_config": {"quant_method": "quanto"}},
+            "quant_method='quanto' is not known; known are awq, .*; give --weight-bits",
+        ),
+        (
+            {
+                "model_type": "nemotron_h",
+                "n_routed_experts": 8,
+                "n_group": 1,
+                "topk_group": 1,
+                "routed_scaling_factor": 1.0,
+            },
+            "nemotron_h is not predicted: some of its layers have no attention",
+        ),
         ({"model_type": "llama"}, "model_type 'llama' is not known"),
     ],
 )

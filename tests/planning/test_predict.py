@@ -101,11 +101,24 @@ def test_a_coverage_outside_its_range(coverage):
     assert result.exit_code == 2 and "is not in the range 0<x<=1" in result.output
 
 
-def test_a_config_json_that_is_none(tmp_path):
+@pytest.mark.parametrize("text", ["{", "", "[]", '{"model_type": "llama"}'])
+def test_a_config_json_that_is_none(tmp_path, text):
     path = tmp_path / "config.json"
-    path.write_text("{")
+    path.write_text(text)
     result = predict("--model", path, "--gpu", "h100")
     assert result.exit_code == 1 and "Traceback" not in result.output
+    assert str(path) in result.output.replace("\n", "")
+
+
+def test_a_folder_with_a_byte_order_mark_and_weight_bits(tmp_path):
+    path = tmp_path / "config.json"
+    config = CONFIGS["qwen3-30b-a3b"] | {"quantization_config": {"quant_method": "quanto"}}
+    path.write_text(json.dumps(config), encoding="utf-8-sig")
+    unknown = predict("--model", tmp_path, "--gpu", "h100")
+    assert unknown.exit_code == 1 and "--weight-bits" in unknown.output
+    said = predict("--model", tmp_path, "--gpu", "h100", "--batch", 8, "--budget", 24, "--weight-bits", 16)
+    known = predict("--model", "qwen3-30b-a3b", "--gpu", "h100", "--batch", 8, "--budget", 24)
+    assert said.exit_code == 0 and row(said.output, 8) == row(known.output, 8)
 
 
 def test_help_imports_nothing_heavy():

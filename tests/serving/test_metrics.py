@@ -41,7 +41,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
 
 def test_prometheus_sees_the_totals() -> None:
     prometheus = pytest.importorskip("prometheus_client", reason="needs prometheus-client")
-    statistics = Statistics((LAYER,) * 2, {"length": 3, "cancelled": 1}, 50, 4, 2, 1)
+    statistics = Statistics((LAYER,) * 2, {"length": 3, "cancelled": 1}, 50, 4, 2, 1, 0.97)
     registry = prometheus.CollectorRegistry()
     registry.register(PrometheusCollector(lambda: statistics))
     text = prometheus.generate_latest(registry).decode()
@@ -49,8 +49,8 @@ def test_prometheus_sees_the_totals() -> None:
     for line in (
         'xshare_experts_before_total{layer="1"} 80.0',
         'xshare_experts_after_total{layer="0"} 60.0',
-        'xshare_affinity_kept_total{layer="0"} 1.5',
-        'xshare_affinity_total{layer="0"} 2.0',
+        'xshare_utility_kept_total{layer="0"} 1.5',
+        'xshare_utility_total{layer="0"} 2.0',
         'xshare_warmup_overflow_total{layer="0"} 2.0',
         'xshare_peak_gpu_experts_before_total{layer="0"} 9.0',
         'xshare_peak_gpu_experts_after_total{layer="0"} 7.0',
@@ -62,9 +62,11 @@ def test_prometheus_sees_the_totals() -> None:
         "xshare_running_requests 4.0",
         "xshare_waiting_requests 2.0",
         "xshare_engine_restarts_total 1.0",
+        "xshare_enabled 1.0",
+        "xshare_coverage 0.97",
     ):
         assert line in lines
-    assert len(lines) == 2 * 10 + 2 + 4
+    assert len(lines) == 2 * 10 + 2 + 6
 
 
 @torch.inference_mode()

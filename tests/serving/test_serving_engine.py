@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -107,15 +108,72 @@ def test_ends_at_the_end_token_and_at_stop_words(engine: Engine, decoder: Decode
     end = expected[10]
     tokens, last = ask(engine, Request(PROMPTS[0], 20, end_id=end))
     assert tokens == expected[: expected.index(end)] and last.finish == "end_id"
-    word = TEXTS[expected[3]] + TEXTS[expected[4]][:1]
+    word = (TEXTS[expected[3]] + TEXTS[expected[4]][:1]).decode()
     seen = [b"".join(TEXTS[token] for token in expected[: count + 1]) for count in range(20)]
-    length = next(count + 1 for count, text in enumerate(seen) if word in text)
-    tokens, last = ask(engine, Request(PROMPTS[0], 20, stop_words=(b"never said", word)))
-    assert tokens == expected[:length] and last.finish == "stop_words"
+    length = next(count + 1 for count, text in enumerate(seen) if word.encode() in text)
+    tokens, last = ask(engine, Request(PROMPTS[0], 20, stop_words=("never said", word, "")))
+    assert tokens == expected[:length] and (last.finish, last.stop_word) == ("stop_words", word)
+
+
+def test_the_end_token_does_not_come_before_min_tokens(engine: Engine, decoder: Decoder) -> None:
+    expected = alone(decoder, PROMPTS[0], 20)
+    end = expected[3]
+    first = expected.index(end)
+    tokens, last = ask(engine, Request(PROMPTS[0], 20, min_tokens=first + 5, end_id=end))
+    assert tokens[:first] == expected[:first] and len(tokens) >= first + 5 and end not in tokens
+    assert last.finish in ("end_id", "length")
+
+
+def test_bad_words_do_not_appear_and_the_rest_is_as_it_was(engine: Engine, decoder: Decoder) -> None:
+    expected = alone(decoder, PROMPTS[0], 20)
+    text = b"".join(TEXTS[token] for token in expected)
+    word = (TEXTS[expected[5]] + TEXTS[expected[6]]).decode()  # across two tokens
+    tokens, _ = ask(engine, Request(PROMPTS[0], 20, bad_words=("never said", word)))
+    said = b"".join(TEXTS[token] for token in tokens)
+    assert word.encode() in text and word.encode() not in said and len(tokens) == 20
+    assert tokens[:5] == expected[:5]
+
+
+def test_times_are_in_order(engine: Engine) -> None:
+    started = time.monotonic_ns()
+    times = ask(engine, Request(PROMPTS[0], 5))[1].times
+    assert times is not None
+    moments = [started, times.first_scheduled, times.first_token, times.last_token, time.monotonic_ns()]
+    assert moments == sorted(moments)
+
+
+def test_another_configuration_holds_from_the_next_step_on(decoder: Decoder) -> None:
+    engine = Engine(decoder, TEXTS, None, LIMITS)
+
+    def used() -> tuple[int, int]:
+        before = engine.statistics.layers[0]
+        readers = [Reader() for _ in range(4)]
+        for prompt, reader in zip(PROMPTS, readers, strict=False):
+            engine.submit(Request(prompt, 30), reader)
+        for reader in readers:
+            reader.all()
+        while engine.statistics.layers[0][9] - before[9] < 29:  # counted when the last step has ended
+            time.sleep(0.01)
+        own, active, *_, steps = (a - b for a, b in zip(engine.statistics.layers[0], before, strict=True))
+        assert active <= own and steps >= 29
+        return own, active
+
+    own, active = used()
+    assert active == own
+    engine.configure(XShareConfig(10, warmup=0))
+    own, active = used()
+    assert active < own
+    engine.configure(None)
+    own, active = used()
+    assert active == own
+    with pytest.raises(ValueError, match="budget must be at least top_k=8"):
+        engine.configure(XShareConfig(4))
+    engine.close()
 
 
 def test_sampling_repeats_with_its_seed_whoever_is_beside_it(engine: Engine) -> None:
     request = Request(PROMPTS[1], 20, temperature=1.0, seed=5)
+    assert len({tuple(ask(engine, replace(request, seed=None))[0]) for _ in range(3)}) > 1
     first = ask(engine, request)[0]
     others = [Reader() for _ in range(3)]
     for prompt, reader in zip(PROMPTS[2:], others, strict=False):
@@ -159,6 +217,8 @@ def test_sample_draws_from_what_top_k_and_top_p_leave() -> None:
         ({"prompt": (1, 4096)}, "input_ids: must be from 0 to 4095"),
         ({"max_tokens": 0}, "max_tokens=0: must be from 1 to 40"),
         ({"max_tokens": 41}, "max_tokens=41"),
+        ({"min_tokens": 4}, "min_tokens=4: must be from 0 to max_tokens=3"),
+        ({"min_tokens": -1}, "min_tokens=-1"),
         ({"end_id": 4096}, "end_id=4096"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": -0.5}, "temperature=-0.5"),

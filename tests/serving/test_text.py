@@ -45,10 +45,32 @@ def test_pieces_are_whole_characters_and_together_the_text(texts: list[bytes]) -
 )
 def test_stops_with_the_token_that_completes_the_word(text: str, sizes: list[int], word: str) -> None:
     texts = _cut(text.encode(), sizes)
-    transcript = Transcript(texts, [word.encode()])
+    transcript = Transcript(texts, [word])
     stopped = next((token for token in range(len(texts)) if transcript.add(token)), None)
     prefixes = [b"".join(texts[: token + 1]) for token in range(len(texts))]
     assert stopped == next((token for token, seen in enumerate(prefixes) if word.encode() in seen), None)
+
+
+@given(
+    st.lists(st.text("abé", min_size=1, max_size=3), min_size=1, max_size=8, unique=True),
+    st.lists(st.integers(0, 7), max_size=12),
+    st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=2),
+)
+def test_barred_tokens_are_those_that_would_complete_a_bad_word(
+    texts: list[str], choices: list[int], words: list[str]
+) -> None:
+    transcript, said = Transcript([text.encode() for text in texts], bad_words=words), ""
+    for choice in choices:
+        barred = transcript.barred()
+        assert barred == {
+            token for token, text in enumerate(texts) if any(word in said + text for word in words)
+        }
+        allowed = [token for token in range(len(texts)) if token not in barred]
+        if not allowed:
+            break
+        token = allowed[choice % len(allowed)]
+        transcript.add(token)
+        said += texts[token]
 
 
 @given(st.text(max_size=40))

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,10 @@ import pytest
 from click.testing import CliRunner
 
 from xshare_trtllm.cli import main
+from xshare_trtllm.serving.contracts import CONTRACTS, Contract
 from xshare_trtllm.serving.install_tritonserver import EXECUTABLE
 
-LIFETIME = 300  # seconds after which the server ends whatever happens
-MODEL_INPUTS = {
-    "max_tokens": "INT32",
-    "top_k": "INT32",
-    "end_id": "INT32",
-    "stream": "BOOL",
-    "seed": "UINT64",
-}
+LIFETIME = 900  # seconds after which the server ends whatever happens
 
 
 def wait_for(what: Any, seconds: float = 30.0) -> Any:
@@ -43,10 +37,13 @@ def wait_for(what: Any, seconds: float = 30.0) -> Any:
 
 
 class Server:
-    """A running server and the simplest of clients."""
+    """A running server and the simplest of clients. Requests are written with the names of
+    `inflight_batcher_llm` and sent with those of the server's contract."""
 
-    def __init__(self, process: subprocess.Popen[bytes], ports: list[int], log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(
+        self, process: subprocess.Popen[bytes], ports: list[int], log: Path, contract: Contract
+    ) -> None:
+        self.process, self.log, self.contract = process, log, contract
         self.http_port, self.grpc_port, self.metrics_port = ports
 
     def call(self, method: str, path: str, body: Any = None, port: int | None = None) -> tuple[int, bytes]:
@@ -65,14 +62,15 @@ class Server:
         except OSError:
             return False
 
-    def generate(
-        self, text: str | bytes, max_tokens: Any = 8, model: str = "ensemble", **options: Any
-    ) -> Any:
-        status, body = self.call(
-            "POST",
-            f"/v2/models/{model}/generate",
-            {"text_input": text, "max_tokens": max_tokens, **options},
-        )
+    def body(self, text: Any, max_tokens: Any = 8, **options: Any) -> dict[str, Any]:
+        """A request for the `generate` endpoint."""
+        values = {"text_input": text, "max_tokens": max_tokens, **options}
+        return {self.contract.name(name): value for name, value in values.items()}
+
+    def generate(self, text: Any, max_tokens: Any = 8, **options: Any) -> Any:
+        """The text, or the status and the error."""
+        path = f"/v2/models/{self.contract.model}/generate"
+        status, body = self.call("POST", path, self.body(text, max_tokens, **options))
         answer = json.loads(body)
         return answer["text_output"] if status == 200 else (status, answer["error"])
 
@@ -92,30 +90,20 @@ class Server:
 class Stream:
     """Requests to a decoupled model over one gRPC stream; `take` gives `(request id, text, error)`."""
 
-    def __init__(self, server: Server, model: str = "ensemble") -> None:
+    def __init__(self, server: Server) -> None:
         import tritonclient.grpc as grpc
 
-        self.grpc, self.model = grpc, model
+        self.grpc, self.contract = grpc, server.contract
         self.client = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
         self.answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self.client.start_stream(lambda result, error: self.answers.put((result, error)))
 
     def send(self, text: str | bytes, max_tokens: int = 8, name: str = "", **options: Any) -> None:
         values = {"text_input": text, "max_tokens": max_tokens, "stream": True, **options}
-        inputs = [self._input(*item) for item in values.items()]
-        self.client.async_stream_infer(self.model, inputs, request_id=name, enable_empty_final_response=True)
-
-    def _input(self, name: str, value: Any) -> Any:
-        kind = MODEL_INPUTS.get(name, "BYTES")
-        if kind == "BYTES":
-            words = [value] if isinstance(value, (str, bytes)) else value
-            data = [word if isinstance(word, bytes) else word.encode() for word in words]
-            array = np.array([data], dtype=object)
-        else:
-            array = np.array([[value]], dtype={"INT32": "i4", "BOOL": "?", "UINT64": "u8"}[kind])
-        tensor = self.grpc.InferInput(name, array.shape, kind)
-        tensor.set_data_from_numpy(array)
-        return tensor
+        inputs = [triton_input(self.grpc, self.contract, *item) for item in values.items()]
+        self.client.async_stream_infer(
+            self.contract.model, inputs, request_id=name, enable_empty_final_response=True
+        )
 
     def take(self, timeout: float = 30.0) -> tuple[str, str, str, bool]:
         """`(request id, text, error, is it the last)`"""
@@ -140,40 +128,102 @@ class Stream:
         self.client.close()
 
 
-@contextmanager
-def running_server(folder: Path, *arguments: str) -> Iterator[Server]:
-    """A server on a new repository of the `cpu` back end."""
+def triton_input(module: Any, contract: Contract, name: str, value: Any) -> Any:
+    """An `InferInput` of tritonclient.grpc or .http."""
+    tensor = contract.inputs[name]
+    kind = {"TYPE_STRING": "BYTES"}.get(tensor.type, tensor.type.removeprefix("TYPE_"))
+    if kind == "BYTES":
+        words = [value] if isinstance(value, (str, bytes)) else value
+        data = [word if isinstance(word, bytes) else word.encode() for word in words]
+        array = np.array(data, dtype=object)
+    else:
+        array = np.array([value], dtype={"INT32": "i4", "BOOL": "?", "UINT64": "u8", "FP32": "f4"}[kind])
+    array = array[None] if contract.is_batched else array
+    described = module.InferInput(tensor.name, array.shape, kind)
+    described.set_data_from_numpy(array)
+    return described
+
+
+def shared_memory() -> set[str]:
+    """What tritonservers with a supervisor have there."""
+    return {region.name for region in Path("/dev/shm").glob("xshare_*")}
+
+
+def tritonserver() -> str:
+    """Its path; the test is skipped where there is none."""
     pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
     found = str(EXECUTABLE) if EXECUTABLE.is_file() else shutil.which("tritonserver")
     if found is None:
         pytest.skip("needs tritonserver: python -m xshare_trtllm.serving.install_tritonserver")
-    repository = folder / "repository"
-    result = CliRunner().invoke(main, ["triton", "--repo", str(repository), *arguments])
-    assert result.exit_code == 0, result.output
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    return found
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [opened.getsockname()[1] for opened in sockets]
     for opened in sockets:
         opened.close()
+    return ports
+
+
+@contextmanager
+def running_server(
+    folder: Path, *arguments: str, lifetime: int = LIFETIME, **environment: str
+) -> Iterator[Server]:
+    """A server on a new repository of the `cpu` back end; its end is a clean one, or an error."""
+    found = tritonserver()
+    repository = folder / "repository"
+    result = CliRunner().invoke(main, ["triton", "--repo", str(repository), *arguments])
+    assert result.exit_code == 0, result.output
+    ports = free_ports(3)
     names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
-    environment = {**os.environ, **dict(zip(names, map(str, ports), strict=True))}
-    environment["PATH"] = f"{Path(found).parent}:{environment['PATH']}"
-    command = ["timeout", "--foreground", "-k", "5", str(LIFETIME), "bash", str(repository / "launch.sh")]
-    options = ["--model-control-mode", "explicit", "--load-model", "*", "--exit-timeout-secs", "10"]
+    variables = {**os.environ, **dict(zip(names, map(str, ports), strict=True)), **environment}
+    variables["PATH"] = f"{Path(found).parent}:{variables['PATH']}"
+    command = ["timeout", "--foreground", "-k", "60", str(lifetime), "bash", str(repository / "launch.sh")]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *options], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    server = Server(process, ports, folder / "log")
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+    [contract] = [c for c in CONTRACTS.values() if c.model in {path.name for path in repository.iterdir()}]
+    server = Server(process, ports, folder / "log", contract)
+    before = shared_memory()
     try:
         wait_for(server.is_ready, 90)
         yield server
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
+        _, left = psutil.wait_procs(family, timeout=30)
         for child in left:
             with suppress(psutil.Error):
                 child.kill()
-        process.kill()
-        process.wait()
-    assert not left, (folder / "log").read_text()[-3000:]  # a clean end, of all its processes
+        if left:
+            process.kill()
+        code = process.wait()
+    assert not left and code == 0, (code, (folder / "log").read_text()[-3000:])
+    assert shared_memory() <= before
+
+
+class Servers:
+    """One server after the other: one that a test has lost is not the next test's."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._folder, self._arguments = folder, arguments
+        self._stack = ExitStack()
+        self._server: Server | None = None
+
+    def ready(self) -> Server:
+        """The server as it is, or a new one."""
+        if self._server is not None:
+            with suppress(AssertionError, pytest.fail.Exception):
+                wait_for(self._server.is_ready, 10)
+                return self._server
+            with suppress(AssertionError):
+                self.close()
+        folder = self._folder / str(len(list(self._folder.iterdir())))
+        folder.mkdir()
+        self._server = self._stack.enter_context(running_server(folder, *self._arguments))
+        return self._server
+
+    def close(self) -> None:
+        """The end of the one that runs; an AssertionError where it is not a clean one."""
+        self._server = None
+        self._stack.close()

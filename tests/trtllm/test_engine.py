@@ -63,6 +63,15 @@ def test_contract_modes(moe: dict[str, Any], fields: tuple[Any, ...], tmp_path: 
     assert (tmp_path / "engine" / "rank0.engine").stat().st_size > 10_000
 
 
+def test_contract_coverage(tmp_path: Path) -> None:
+    """No number of experts; with expert parallelism the GPU of each, whose load a coverage then limits."""
+    checkpoint(tmp_path, mapping={"moe_ep_size": 4})
+    (notes,) = build(tmp_path, "--dry_run", *options(tmp_path, coverage=0.97, utility="affinity"))
+    for plugin in notes["plugins"]:
+        assert (plugin["coverage"], plugin["utility"]) == (0.97, "affinity")
+        assert "budget" not in plugin and plugin["has_expert_gpu"] == 1
+
+
 def test_contract_record(tmp_path: Path) -> None:
     """config.json keeps what TensorRT-LLM wrote and says what XShare did."""
     checkpoint(tmp_path)
@@ -71,7 +80,7 @@ def test_contract_record(tmp_path: Path) -> None:
     assert values["version"] == "1.2.1" and values["pretrained_config"]["num_hidden_layers"] == 2
     xshare = values["xshare"]
     assert XShareConfig.from_dict(xshare["config"]) == XShareConfig(5, 2, max_rows=64)
-    assert (xshare["plugin"], xshare["plugin_version"]) == ("xshare::XShareRouting", "1")
+    assert (xshare["plugin"], xshare["plugin_version"]) == ("xshare::XShareRouting", "2")
     assert xshare["library_sha256"] == hashlib.sha256(LIBRARY.read_bytes()).hexdigest()
     assert not (tmp_path / "engine" / "rank0.engine").exists()
 

@@ -53,17 +53,22 @@ def test_contract_unknown_options_are_theirs_to_refuse(tmp_path: Path) -> None:
 
 def test_contract_help(tmp_path: Path) -> None:
     said = run("--help").stdout
-    assert "--plugin {xshare}" in said and "--xshare_budget N" in said and "--remove_input_padding" in said
+    assert (
+        "--plugin {xshare}" in said
+        and "--xshare_budget INT" in said
+        and "--xshare_coverage FLOAT" in said
+        and "--remove_input_padding" in said
+    )
     assert "--plugin" not in run("--help", command=THEIRS).stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--plugin", "xshare"], "needs either --xshare_budget or --xshare_config"),
+        (["--plugin", "xshare"], "needs either --xshare_config or its values: --xshare_coverage 0.97"),
         (
             ["--plugin", "xshare", "--xshare_budget", "4", "--xshare_config", "x.yaml"],
-            "needs either --xshare_budget or --xshare_config",
+            "needs either --xshare_config or its values",
         ),
         (["--xshare_budget", "4"], "--xshare_budget needs --plugin xshare"),
         (["--plugin", "other"], "invalid choice: 'other'"),

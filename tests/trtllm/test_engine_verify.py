@@ -46,3 +46,29 @@ def test_refused(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
     done = run(*arguments, str(tmp_path / "out"), PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and said in done.stderr
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_contract_ends_with_a_table_to_paste(tmp_path: Path) -> None:
+    """Python is a stand-in: one step fails, the others print a result with a bar in it."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/bash
+case $1 in
+    -c) exit 0 ;;
+    -) echo "xshare-trtllm 0.1.0, tensorrt_llm 1.2.1, torch 2.9.1, transformers 4.57.3 on NVIDIA H100" ;;
+    *)
+        echo "noise"
+        [[ $2 == torch_fewer_experts && $3 == mixtral ]] && echo "AssertionError: no" && exit 1
+        echo "fine | so far" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    done = run("pytorch", str(tmp_path / "out"), PYTHON=str(python))
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    head = lines.index("| model | step | result | what |")
+    assert lines[head - 2].startswith("xshare-trtllm 0.1.0, tensorrt_llm 1.2.1")
+    rows = [line for line in lines[head + 2 :] if line.startswith("|")]
+    assert len(rows) == 12 and sum("| PASS | fine / so far |" in row for row in rows) == 11
+    assert "| mixtral | torch_fewer_experts | FAIL (1) | AssertionError: no |" in rows

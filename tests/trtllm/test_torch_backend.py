@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from xshare_trtllm import RouterSpec, XShareConfig, mask_logits, ops, route
-from xshare_trtllm.trtllm import torch_backend
-from xshare_trtllm.trtllm.torch_backend import XShareMoeRoutingMethod, enable, router_spec
+from xshare_trtllm.trtllm import XShareMoeRoutingMethod, router_spec, torch_backend
+from xshare_trtllm.trtllm.torch_backend import enable
 
 STAND_IN = Path(__file__).parent / "torch_stand_in"
 EXPERTS, TOP_K = 32, 4
@@ -353,7 +353,7 @@ def test_contract_refuses_masks_that_would_be_wrong(backend: str, name: str, trt
 
 def test_contract_refuses_backends_by_name(trtllm: Any) -> None:
     layer = trtllm.moe.MarlinFusedMoE(routing_method=renormalize(trtllm), num_experts=EXPERTS)
-    with pytest.raises(ValueError, match="MoE layer 1: MoE backend MarlinFusedMoE: not supported; supp"):
+    with pytest.raises(ValueError, match="MoE layer 1: MoE backend MarlinFusedMoE: not supported outside"):
         enable(engine_of(trtllm, cutlass(trtllm), layer).model, SMALL)
 
 
@@ -397,6 +397,41 @@ def test_contract_later_versions_are_asked_to_route_separately(name: str, trtllm
     assert_same(layer.backend.calls[0], (routing.expert_ids, routing.expert_weights))
     assert layer.routing_method is layer.backend.routing_method is method
     assert layer.backend.try_fused_kimi_route_quant.__func__  # its own again
+
+
+def test_contract_a_block_that_gathers_before_its_gate_is_refused(trtllm: Any) -> None:
+    """modeling_deepseekv3.py at 000561d (1.0) and others: with TRTLLM-gen and attention data parallelism, the
+    rows of all ranks are gathered before the gate, and a rank would take them for its own."""
+
+    class Block(nn.Module):
+        def __init__(self, experts: Any) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
+            def allgather(rows: Tensor) -> Tensor:
+                return rows
+
+            output: Tensor = self.experts(allgather(x), router_logits)
+            return output
+
+    mapping = SimpleNamespace(**vars(trtllm.moe.SINGLE) | {"enable_attention_dp": True, "tp_size": 2})
+    layer = trtllm.moe.TRTLLMGenFusedMoE(
+        routing_method=renormalize(trtllm), num_experts=EXPERTS, mapping=mapping
+    )
+    with pytest.raises(ValueError, match=r"MoE layer 0: TRTLLMGen.*: Block may gather all ranks' rows"):
+        enable(engine_of(trtllm, Block(layer)).model, SMALL)
+
+    class KernelOnly(nn.Module):
+        """fused_moe_trtllm_gen.py of 1.0: nothing of it calls `apply`."""
+
+    KernelOnly.__name__ = "TRTLLMGenFusedMoE"
+    bare: Any = KernelOnly()
+    vars(bare).update({key: value for key, value in vars(layer).items() if key != "forward_impl"})
+    with pytest.raises(
+        ValueError, match=r"MoE layer 0: TRTLLMGenFusedMoE .*routes in its kernel, use CUTLASS"
+    ):
+        enable(engine_of(trtllm, bare).model, SMALL)
 
 
 # ---- Expert parallelism ------------------------------------------------------------------------------------
@@ -521,6 +556,46 @@ def test_contract_budgets_per_layer(trtllm: Any) -> None:
         enable(model, XShareConfig((6, 12, 6)))
 
 
+def test_contract_gpt_oss_block(trtllm: Any) -> None:
+    """Its MoE module is `experts`; the block, which holds the routing method too, is none."""
+    block = import_module("tensorrt_llm._torch.models.modeling_gpt_oss").MLPBlock(cutlass(trtllm), 0)
+    engine = engine_of(trtllm, block)
+    logits = torch.randn(6, EXPERTS)
+    own = block.routing_method
+    with enable(engine.model, SMALL) as enabled:
+        assert len(enabled) == 1 and block.routing_method is own
+        engine.step(logits, range(70, 76))
+    assert_same(block.experts.calls[0], expected(logits))
+
+
+def test_contract_layers_of_a_draft_model_inside_the_model(trtllm: Any) -> None:
+    """Eagle3 and MTP in one engine: `SpecDecOneEngineForCausalLM.draft_model` (modeling_speculative.py at
+    00679c66c3); a vision model keeps the number of layers in `config.text_config`."""
+    model = engine_of(trtllm, cutlass(trtllm, layer_idx=0)).model
+    model.draft_model = trtllm.engine.Model(cutlass(trtllm, layer_idx=0))
+    with enable(model, SMALL) as enabled:
+        assert len(enabled) == 1
+        assert not isinstance(model.draft_model.layers[0].routing_method, XShareMoeRoutingMethod)
+    vision = engine_of(trtllm, cutlass(trtllm, layer_idx=0), cutlass(trtllm, layer_idx=1)).model
+    vision.config = SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=1))
+    with enable(vision, SMALL) as enabled:
+        assert len(enabled) == 1
+
+
+def test_contract_metadata_of_a_vision_tower_is_none_of_ours(trtllm: Any) -> None:
+    """Qwen3-VL and others prepare metadata without a KV cache, for more rows than it says it takes."""
+    layer = cutlass(trtllm)
+    engine = engine_of(trtllm, layer)
+    tower = trtllm.attention.TrtllmAttentionMetadata(max_num_requests=1, max_num_tokens=4)
+    tower.seq_lens, tower.request_ids = torch.tensor([100]), [1]
+    logits = torch.randn(4, EXPERTS)
+    with enable(engine.model, SMALL):
+        tower.prepare()
+        engine.step(logits, range(70, 74))
+    assert tower.prepared == 1 and "xshare_rows" not in vars(tower)
+    assert_same(layer.calls[0], expected(logits))
+
+
 def test_contract_refusals_change_nothing(trtllm: Any) -> None:
     bad = cutlass(trtllm, routing_method=trtllm.routing.Llama4RenormalizeMoeRoutingMethod(1))
     model = engine_of(trtllm, cutlass(trtllm), bad).model
@@ -547,7 +622,7 @@ def test_contract_llm_in_this_process(trtllm: Any) -> None:
     with enable(llm, SMALL) as enabled:
         assert len(enabled) == 1 and not engine.graphs
     for elsewhere in (SimpleNamespace(_executor=object()), SimpleNamespace(), object()):
-        with pytest.raises(ValueError, match="its model is not in this process; use write_options"):
+        with pytest.raises(ValueError, match="its model is not in this process; call use"):
             enable(elsewhere, SMALL)
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not ops.available(), reason="libxshare.so is not
 SPEC = RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5)
 CONFIG = XShareConfig(48, warmup=2, request_budget=20, gpu_budget=12, coverage=0.9, max_rows=100)
 STREAM = 0x5EED0
-ROUTE_TENSORS = struct.Struct("@I10P")  # xshare_route_tensors in xshare.h
+ROUTE_TENSORS = struct.Struct("@I12P")  # xshare_route_tensors in xshare.h
 
 
 class Library:
@@ -99,8 +99,8 @@ def test_contract_same_structs_and_results_as_on_the_host(library: Library) -> N
     assert routing.params == masking.params == ops.pack_params(40, 256, torch.bfloat16, values)
     pointers = [tensor.data_ptr() for tensor in arguments.values()]
     ids, weights, active, stats = (output.data_ptr() for output in outputs)
-    assert routing.pointers == [*pointers, ids, weights, 0, active, stats]
-    assert masking.pointers == [*pointers, 0, 0, masked.data_ptr(), 0, 0]
+    assert routing.pointers == [*pointers, ids, weights, 0, active, stats, 0, 0]
+    assert masking.pointers == [*pointers, 0, 0, masked.data_ptr(), 0, 0, 0, 0]
     assert routing.stream == masking.stream == STREAM
     assert library.devices == [torch.device("cpu")] * 2  # type: ignore[attr-defined]
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from xshare_trtllm.config import RouterSpec, XShareConfig
 
 Generation = Literal["sm_80", "sm_90"]
-Origin = Literal["paper", "public report", "own calibration", "extrapolated"]
+Origin = Literal["paper", "public report", "own calibration", "shipped models", "extrapolated"]
 Weights = Literal["bfloat16", "float16", "int8", "fp8", "mxfp4"]
 
 # Weights that TensorRT-LLM computes with on a generation: its support matrix (docs/source/legacy/reference/
@@ -29,12 +29,13 @@ class _Part(BaseModel):
 class Setting(_Part):
     """One value of `XShareConfig` and where it comes from.
 
-    origin     `paper` (arXiv 2602.07265), `public report`, `own calibration` (benchmarks/results), or
-               `extrapolated`: a ratio of one of these, carried over to a model that nobody measured
+    origin     `paper` (arXiv 2602.07265), `public report`, `own calibration` (benchmarks/results),
+               `shipped models`: measured on those, which says where to start with another; or
+               `extrapolated`: one of these, carried over to a model that nobody measured
     reference  which table, address or file, or the arithmetic
     """
 
-    value: int | float | list[int]
+    value: int | float | str | list[int]
     origin: Origin
     reference: str = Field(min_length=8)
 

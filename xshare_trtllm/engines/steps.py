@@ -14,10 +14,10 @@ from typing import Any
 from xshare_trtllm.engines import environment
 from xshare_trtllm.engines.recipe import Recipe
 from xshare_trtllm.trtllm.build_command import find_build_command
+from xshare_trtllm.trtllm.startup import VARIABLE
 
 CONFIG = "xshare.yaml"
 OPTIONS = "options.yaml"
-MODULE = "xshare_module"  # a Python package that TensorRT-LLM imports in each of its processes
 HASHED_WHOLE = 1 << 20
 Options = dict[str, str | int | bool]
 _VERSIONED = ("xshare-trtllm", "tensorrt-llm", "tensorrt", "torch", "transformers")
@@ -64,14 +64,14 @@ def serve_command(recipe: Recipe, checkpoint: str, output: Path) -> list[str]:
         "ep_size": parallel.expert,
         **limits.model_dump(),
         "extra_llm_api_options": str(folder / OPTIONS),
-        "custom_module_dirs": str(folder / MODULE),
     }
-    command = ["trtllm-serve", checkpoint, *as_arguments(options)]
+    config = str(folder / CONFIG)
+    command = ["xshare", "trtllm", "--config", config, "trtllm-serve", checkpoint, *as_arguments(options)]
     if hardware.gpus <= hardware.per_node:
         return command
     tasks: Options = {"ntasks": hardware.gpus, "ntasks-per-node": hardware.per_node, "mpi": "pmix"}
     launch = ["srun", *as_arguments(tasks), "trtllm-llmapi-launch"]
-    return ["env", f"PYTHONPATH={folder}", *launch, *command]
+    return ["env", f"{VARIABLE}={config}", *launch, *command]
 
 
 def as_arguments(options: Options) -> list[str]:
@@ -127,14 +127,12 @@ def _options_step(recipe: Recipe, checkpoint: str, output: Path) -> Step:
 
 
 def _write_options(recipe: Recipe, folder: Path) -> None:
-    """options.yaml, and XShare as a package."""
+    """options.yaml for TensorRT-LLM, xshare.yaml for XShare."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
-
-    from xshare_trtllm.trtllm.torch_backend import write_options
 
     options = yaml.safe_dump(recipe.options, sort_keys=False)
     (folder / OPTIONS).write_text(options, encoding="utf-8")
-    write_options(folder / MODULE, recipe.config)
+    _write_config(recipe, folder)
 
 
 # ---- Engine path ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xshare_trtllm.config import RouterSpec
-from xshare_trtllm.hf.attach import find_routers
+from xshare_trtllm.hf.routers import find_routers
 from xshare_trtllm.reference.route import (
     divide_by_sum,
     experts_per_row,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation.model import MODEL_DIR
-from xshare_trtllm.hf.attach import find_routers
+from xshare_trtllm.hf.routers import find_routers
 from xshare_trtllm.report import write_json
 from xshare_trtllm.routing import route
 

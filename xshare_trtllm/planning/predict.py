@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -48,6 +48,11 @@ COVERAGE = 0.97
 @click.option("--draft-passes", type=click.IntRange(0), help="Passes of the draft model [--draft-rows - 1].")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, help="GPUs that split every matrix.")
 @click.option("--expert-parallel", type=click.IntRange(1), default=1, help="GPUs that share the experts.")
+@click.option(
+    "--weight-bits",
+    type=click.FloatRange(1, 32),
+    help="Bits per weight, scales included, in place of what the config.json says.",
+)
 def predict(
     model: str,
     gpu: str,
@@ -61,6 +66,7 @@ def predict(
     draft_passes: int | None,
     tensor_parallel: int,
     expert_parallel: int,
+    weight_bits: float | None,
 ) -> None:
     """Predict the gain of a coverage from the model's shape and the GPU's data sheet.
 
@@ -75,7 +81,7 @@ def predict(
         if gpu.lower() not in GPUS:
             raise ValueError(f"gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
         parallel = Parallel(tensor_parallel, expert_parallel)
-        predictor = Predictor(_shape(model), GPUS[gpu.lower()], context, parallel)
+        predictor = Predictor(_shape(model, weight_bits), GPUS[gpu.lower()], context, parallel)
         if coverage is None and budget is None:
             coverage = COVERAGE
         config = predictor.loads.config(coverage, budget, warmup)
@@ -90,12 +96,34 @@ def predict(
         out.print(line)
 
 
-def _shape(model: str) -> ModelShape:
-    from xshare_trtllm.planning.shapes import ModelShape, shape
+def _shape(model: str, weight_bits: float | None) -> ModelShape:
+    from xshare_trtllm.planning.shapes import CONFIGS, ModelShape
 
-    if not model.endswith(".json"):
-        return shape(model)
-    return ModelShape.from_hf_config(json.loads(Path(model).read_text(encoding="utf-8")))
+    config = CONFIGS.get(model.lower())
+    if config is not None:
+        return ModelShape.from_hf_config(config, model.lower(), weight_bits=weight_bits)
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        raise ValueError(
+            f"model {model!r} is not known; known are {', '.join(CONFIGS)}, or a config.json or its folder"
+        )
+    config = _read(path)
+    try:
+        return ModelShape.from_hf_config(config, weight_bits=weight_bits)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A config.json, with or without a byte order mark."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a configuration has fields, this is a {type(config).__name__}")
+    return config
 
 
 def _table(predictor: Predictor, predictions: list[Prediction], config: XShareConfig) -> Table:

@@ -7,13 +7,49 @@ from dataclasses import dataclass
 from typing import Any
 
 from xshare_trtllm.config import RouterSpec
+from xshare_trtllm.families import KNOWN_MODEL_TYPES, HFConfig
+from xshare_trtllm.planning.weights import weight_bytes
 
 Config = Mapping[str, Any]
 
-# Bytes per parameter of (experts, everything else). MXFP4: 4 bits and one 8-bit scale per 32 values
-# (OCP Microscaling Formats 1.0), experts only; fp8: the blocks' scales (one per 128 x 128) are left out.
-_QUANTISED = {"mxfp4": (4.25 / 8, 2.0), "fp8": (1.0, 1.0)}
-_DTYPES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
+_NO_ATTENTION = "some of its layers have no attention"
+_SPARSE = "its attention reads a part of the cache that it chooses"
+_WINDOWS = "its windowed layers have other heads"
+# Families whose router is known and whose other matrices are not as computed here.
+_OTHER_SHAPES = {
+    "aria_text": "its layers are not described by the fields that are read here",
+    "axk2": _SPARSE,
+    "bailing_hybrid": _NO_ATTENTION,
+    "cohere2_moe": "its first layers have MLPs of a width of their own",
+    "dbrx": "its layers are not described by the fields that are read here",
+    "deepseek_v32": _SPARSE,
+    "diffusion_gemma_text": "its layers have a dense MLP beside the experts",
+    "dots3_note_text": _SPARSE,
+    "gemma4_text": "its layers have a dense MLP beside the experts",
+    "glm5_next_text": _NO_ATTENTION,
+    "glm_moe_dsa": _SPARSE,
+    "granitemoehybrid": _NO_ATTENTION,
+    "hy_v4": _SPARSE,
+    "hy_v4_vl_text": _SPARSE,
+    "inkling2_loop_text": _WINDOWS,
+    "inkling2_text": _WINDOWS,
+    "jamba": _NO_ATTENTION,
+    "jetmoe": "its attention is a mixture of experts too",
+    "kimi_linear": _NO_ATTENTION,
+    "laguna": _WINDOWS,
+    "lfm2_moe": _NO_ATTENTION,
+    "mimo_v2_flash": _WINDOWS,
+    "minimax": _NO_ATTENTION,
+    "minimax_m3_vl_text": _SPARSE,
+    "mistral_large4_text": _SPARSE,
+    "muse_spark_text": "its experts work in another width",
+    "nemotron_h": _NO_ATTENTION,
+    "qwen3_5_moe_text": _NO_ATTENTION,
+    "qwen3_next": _NO_ATTENTION,
+    "qwen4_exp_text": _NO_ATTENTION,
+    "step3p5": _WINDOWS,
+}
+PREDICTED: tuple[str, ...] = tuple(name for name in KNOWN_MODEL_TYPES if name not in _OTHER_SHAPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +111,27 @@ class ModelShape:
         )
 
     @classmethod
-    def from_hf_config(cls, config: Config, name: str | None = None) -> ModelShape:
-        """From a config.json as a dict.
+    def from_hf_config(
+        cls, config: Config, name: str | None = None, *, weight_bits: float | None = None
+    ) -> ModelShape:
+        """From a config.json as a dict, of a multimodal model's text model where there is one.
 
-        Raises ValueError for a router that `RouterSpec.from_hf_config` refuses, for a missing field, for a
-        quantisation that is not known and for dense layers between the MoE layers.
+        weight_bits  of every weight, in place of what the configuration says
+
+        Raises ValueError for a router that `RouterSpec.from_hf_config` refuses, for a family whose other
+        layers are not described here, for a missing field and for a quantisation that is not known.
         """
         router = RouterSpec.from_hf_config(config)
+        config = {**config, **HFConfig(config).fields}
+        other = _OTHER_SHAPES.get(config["model_type"])
+        if other is not None:
+            raise ValueError(f"config.json: {config['model_type']} is not predicted: {other}")
         hidden, layers = _need(config, "hidden_size"), _need(config, "num_hidden_layers")
-        if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-            raise ValueError("config.json: decoder_sparse_step and mlp_only_layers are not supported")
-        dense_layers = config.get("first_k_dense_replace", 0)
-        expert_width = config.get("moe_intermediate_size") or _need(config, "intermediate_size")
-        shared_width = (config.get("n_shared_experts") or 0) * expert_width
-        shared_width = config.get("shared_expert_intermediate_size") or shared_width
+        dense_layers = layers - _moe_layers(config, layers)
+        expert_width = _one(config.get("moe_intermediate_size")) or _need(config, "intermediate_size")
+        shared_width = _shared_width(config, expert_width)
         attention, kv_values = _attention(config, hidden)
-        expert_bytes, other_bytes = _bytes_per_parameter(config)
+        expert_bytes, other_bytes = weight_bytes(config, weight_bits)
         windowed = _windowed_layers(config, layers)
         return cls(
             name=name or str(config["model_type"]),
@@ -119,6 +160,39 @@ def _need(config: Config, name: str) -> int:
     return value
 
 
+def _one(value: Any) -> Any:
+    """The value, where a list has it for every layer."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
+def _moe_layers(config: Config, layers: int) -> int:
+    """Layers with experts: what is no dense layer by any of the families' ways to say so."""
+    kinds = config.get("mlp_layer_types")
+    if kinds:
+        return sum(kind == "sparse" for kind in kinds[:layers])
+    first = config.get("first_k_dense_replace") or config.get("num_dense_layers") or 0
+    frequency = config.get("moe_layer_freq") or 1
+    if isinstance(frequency, list):  # per layer, 1 = experts
+        return sum(map(bool, frequency[:layers]))
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    return sum(
+        layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in dense
+        for layer in range(layers)
+    )
+
+
+def _shared_width(config: Config, expert_width: int) -> int:
+    for name in ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"):
+        if config.get(name):
+            return _need(config, name)
+    if config["model_type"] == "granitemoeshared":
+        return _need(config, "shared_intermediate_size")
+    for name in ("n_shared_experts", "num_shared_experts", "num_shared_expert"):
+        if config.get(name):
+            return int(_one(config[name])) * expert_width
+    return 0
+
+
 def _attention(config: Config, hidden: int) -> tuple[int, int]:
     """Parameters of a layer's projections, and values cached per token."""
     heads = _need(config, "num_attention_heads")
@@ -141,20 +215,6 @@ def _windowed_layers(config: Config, layers: int) -> int:
     if kinds:
         return sum(kind == "sliding_attention" for kind in kinds)
     return layers // 2 if config["model_type"] == "gpt_oss" else 0  # its default: every other layer
-
-
-def _bytes_per_parameter(config: Config) -> tuple[float, float]:
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method")
-        if method not in _QUANTISED:
-            known = ", ".join(_QUANTISED)
-            raise ValueError(f"config.json: quant_method={method!r} is not known; known are {known}")
-        return _QUANTISED[method]
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype not in _DTYPES:
-        raise ValueError(f"config.json: dtype={dtype!r} is not known; known are {', '.join(_DTYPES)}")
-    return _DTYPES[dtype], _DTYPES[dtype]
 
 
 def shape(name: str) -> ModelShape:

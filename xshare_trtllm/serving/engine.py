@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.hf.attach import attach
+from xshare_trtllm.hf.attach import Attachment, attach
 from xshare_trtllm.hf.decoder import Decoder
 from xshare_trtllm.routing import contiguous_placement
-from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request
+from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request, Times
 from xshare_trtllm.serving.metrics import Statistics, StatisticsClock
 from xshare_trtllm.serving.text import Transcript
 
@@ -24,8 +25,13 @@ class Generation:
 
     def __init__(self, request: Request, on_chunk: OnChunk, texts: Sequence[bytes]) -> None:
         self.request, self._on_chunk = request, on_chunk
-        self._transcript = Transcript(texts, request.stop_words)
-        self._sampler = torch.Generator().manual_seed(request.seed)
+        self._transcript = Transcript(texts, request.stop_words, request.bad_words)
+        self._sampler = torch.Generator()
+        if request.seed is None:
+            self._sampler.seed()
+        else:
+            self._sampler.manual_seed(request.seed)
+        self._scheduled = self._first = time.monotonic_ns()
         self.generated = 0
         self.token = -1
         self.is_cancelled = False
@@ -33,14 +39,32 @@ class Generation:
     def cancel(self) -> None:
         self.is_cancelled = True
 
+    def admit(self) -> None:
+        """Its prompt is computed next."""
+        self._scheduled = time.monotonic_ns()
+
     def next_token(self, logits: Tensor, best: int) -> int:
         """Greedy or sampled, from `logits` [vocabulary] fp32 whose greatest is at `best`."""
         request = self.request
+        barred = self._barred()
+        if 0 < len(barred) < len(logits):
+            logits = logits.index_fill(0, torch.tensor(sorted(barred)), -torch.inf)
+            best = int(logits.argmax())
         return best if request.is_greedy else sample(logits, request, self._sampler)
+
+    def _barred(self) -> set[int]:
+        """Tokens that may not come next."""
+        request = self.request
+        barred = self._transcript.barred() if request.bad_words else set()
+        if request.end_id is not None and self.generated < request.min_tokens:
+            barred.add(request.end_id)
+        return barred
 
     def add(self, token: int) -> FinishReason | None:
         """Take a token and hand on what can be shown of the text; the reason where it was the last."""
         self.token = token
+        if not self.generated:
+            self._first = time.monotonic_ns()
         finish: FinishReason | None = None
         if token == self.request.end_id:
             finish = "end_id"
@@ -60,7 +84,8 @@ class Generation:
             self._show(finish)
 
     def _show(self, finish: FinishReason | None) -> None:
-        chunk = self._transcript.take(finish)
+        times = Times(self._scheduled, self._first, time.monotonic_ns()) if finish else None
+        chunk = self._transcript.take(finish, times)
         if chunk is not None:
             self._on_chunk(chunk)
 
@@ -95,14 +120,15 @@ class Engine:
         needed = self.limits.max_input_len + self.limits.max_output_len
         if decoder.capacity < needed:
             raise ValueError(f"Engine: Decoder(capacity={decoder.capacity}) must hold {needed} tokens")
-        config = config or XShareConfig.off(RouterSpec.from_hf_config(decoder.config))
         self._decoder, self._texts, self._after_step = decoder, texts, after_step
-        self._attached = attach(decoder, config, expert_gpu=expert_gpu)
+        self._expert_gpu = expert_gpu
+        self._attached = self._attach(config)
+        self._asked: list[XShareConfig | None] = []  # by `configure`, for the engine's thread
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._changed = threading.Condition()
         self._is_closing = False
-        self._clock = StatisticsClock(self._attached)
+        self._clock = StatisticsClock(self._attached, _coverage(config))
         self._thread = threading.Thread(target=self._run, name="xshare-engine", daemon=True)
         self._thread.start()
 
@@ -118,6 +144,29 @@ class Engine:
             self._waiting.append(generation)
             self._changed.notify()
         return generation
+
+    def configure(self, config: XShareConfig | None) -> None:
+        """Another configuration from the next step on; None: the model's own routing.
+
+        Raises ValueError where it does not fit the model.
+        """
+        if config is not None:
+            config.check(RouterSpec.from_hf_config(self._decoder.config))
+        with self._changed:
+            self._asked = [config]
+            self._changed.notify()
+
+    def _attach(self, config: XShareConfig | None) -> Attachment:
+        own = XShareConfig.off(RouterSpec.from_hf_config(self._decoder.config))
+        return attach(self._decoder, config or own, expert_gpu=self._expert_gpu)
+
+    def _reconfigure(self) -> None:
+        with self._changed:
+            asked, self._asked = self._asked, []
+        for config in asked:
+            self._attached.detach()
+            self._attached = self._attach(config)
+            self._clock.attach(self._attached, _coverage(config))
 
     def close(self) -> None:
         """End what runs and waits with an error, and give the model its own routing back."""
@@ -142,6 +191,8 @@ class Engine:
         self._cache = self._decoder.new_cache(self.limits.max_batch_size)
         while self._wait():
             try:
+                self._reconfigure()
+                self._forget_cancelled()
                 self._admit()
                 if self._running:
                     self._step()
@@ -155,9 +206,18 @@ class Engine:
     def _wait(self) -> bool:
         """Until there is something to do; False: the engine closes."""
         with self._changed:
-            while not (self._waiting or self._running or self._is_closing):
+            while not (self._waiting or self._running or self._asked or self._is_closing):
                 self._changed.wait()
             return not self._is_closing
+
+    def _forget_cancelled(self) -> None:
+        """Those that wait: they take no place from others."""
+        with self._changed:
+            cancelled = [generation for generation in self._waiting if generation.is_cancelled]
+            for generation in cancelled:
+                self._waiting.remove(generation)
+        for generation in cancelled:
+            self._end(generation, "cancelled")
 
     def _admit(self) -> None:
         """Fill the free rows from the queue."""
@@ -166,16 +226,14 @@ class Engine:
                 if not self._waiting:
                     return
                 generation = self._waiting.popleft()
-            if generation.is_cancelled:
-                self._end(generation, "cancelled")
-            else:
-                self._prefill(generation)
+            self._prefill(generation)
 
     def _prefill(self, generation: Generation) -> None:
         row = len(self._running)
         place = self._cache.rows(row, row + 1)
         place.lengths.zero_()
         self._running.append(generation)
+        generation.admit()
         logits = self._decoder(torch.tensor([generation.request.prompt]), cache=place).logits[0, -1]
         token = generation.next_token(logits, int(logits.argmax()))
         self._take(row, token)
@@ -222,6 +280,10 @@ class Engine:
         self._running.clear()
         for generation in failed:
             self._end(generation, "error", error)
+
+
+def _coverage(config: XShareConfig | None) -> float | None:
+    return None if config is None else config.coverage or 1.0
 
 
 def sample(logits: Tensor, request: Request, generator: torch.Generator) -> int:

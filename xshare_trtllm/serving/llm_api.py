@@ -1,44 +1,43 @@
 """The engine of the `trtllm-torch` back end: TensorRT-LLM's LLM API, with XShare in its MoE layers.
 
-Written against TensorRT-LLM 1.2 (tensorrt_llm/llmapi/llm.py: `LLM(model, tensor_parallel_size, ...)`,
-`generate_async(inputs, sampling_params, streaming=)`; RequestOutput.outputs[0] has all `token_ids` so far and
-`finish_reason`). Not run yet: it needs a GPU and TensorRT-LLM.
+Written against TensorRT-LLM 1.2: tensorrt_llm/llmapi/llm.py (`LLM(model, tensor_parallel_size, ...)`,
+`generate_async(inputs, sampling_params, streaming=)`, `tokenizer.encode(text)`), sampling_params.py
+(000a01d6), executor/result.py (RequestOutput.outputs[0] has all `text` and `token_ids` so far,
+`finish_reason`, `stop_reason` and, with `return_perf_metrics`, `request_perf_metrics.timing_metrics`). Not
+run yet: it needs a GPU and TensorRT-LLM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
-from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request
+from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request, Times
 from xshare_trtllm.serving.metrics import Statistics
-from xshare_trtllm.serving.text import Transcript, load_tokenizer, token_texts
 
 
 class LLMEngine:
     """`submit`, `cancel`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
 
-    settings  `model` (folder), `llm` (arguments of LLM), `limits`, `options_module` (the package that
-              `xshare_trtllm.trtllm.write_options` wrote; None: the model's own routing)
+    settings  `llm` (arguments of LLM), `limits`, `config` (of an XShareConfig; None: own routing),
+              `options_module` (the package with it, by `xshare_trtllm.trtllm.write_options`, or None)
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from pathlib import Path
-
         if settings["options_module"] is not None:
             import_module(settings["options_module"])  # before LLM is made, so that its workers have it
         llm_api: Any = import_module("tensorrt_llm")
         self._sampling_params = llm_api.SamplingParams
         self._limits = Limits(**settings["limits"])
-        self._texts = token_texts(load_tokenizer(Path(settings["model"])))
-        self._llm = llm_api.LLM(
-            settings["model"], max_batch_size=self._limits.max_batch_size, **settings["llm"]
-        )
+        config = settings["config"]
+        self._coverage = None if config is None else config.get("coverage", 1.0)
+        self._llm = llm_api.LLM(**settings["llm"])
         self._numbers = itertools.count()
         self._running: dict[int, Any] = {}
         self._finished: Counter[str] = Counter()
@@ -50,19 +49,28 @@ class LLMEngine:
     @property
     def statistics(self) -> Statistics:
         """Without layers: the routing statistics stay on the GPUs."""
-        return Statistics(
-            finished=dict(self._finished), output_tokens=self._output_tokens, running=len(self._running)
-        )
+        finished, tokens = dict(self._finished), self._output_tokens
+        return Statistics(finished=finished, output_tokens=tokens, coverage=self._coverage)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are."""
+        return len(self._llm.tokenizer.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt, by the model's own tokenizer."""
+        tokens: list[int] = self._llm.tokenizer.encode(text)
+        return tokens
 
     def submit(self, request: Request, on_chunk: OnChunk) -> int:
         limits = self._limits
         if len(self._running) >= limits.max_batch_size + limits.max_queue_size:
             raise Busy(f"{len(self._running)} requests are under way: try again later")
         number = next(self._numbers)
-        result = self._llm.generate_async(list(request.prompt), self._parameters(request), streaming=True)
-        self._running[number] = result
-        transcript = Transcript(self._texts, request.stop_words)
-        asyncio.run_coroutine_threadsafe(self._follow(number, request, transcript, on_chunk), self._loop)
+        self._running[number] = self._llm.generate_async(
+            list(request.prompt), self._parameters(request), streaming=True
+        )
+        asyncio.run_coroutine_threadsafe(self._follow(number, on_chunk), self._loop)
         return number
 
     def cancel(self, number: int) -> None:
@@ -78,19 +86,28 @@ class LLMEngine:
         self._llm.shutdown()
 
     def _parameters(self, request: Request) -> Any:
+        seed = (
+            secrets.randbits(63) if request.seed is None else request.seed
+        )  # without one, all draws are equal
         return self._sampling_params(
             max_tokens=request.max_tokens,
-            end_id=-1 if request.end_id is None else request.end_id,
+            min_tokens=request.min_tokens or None,
+            end_id=request.end_id,
+            ignore_eos=request.end_id is None,
+            stop=list(request.stop_words) or None,
+            bad=list(request.bad_words) or None,
+            include_stop_str_in_output=True,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
-            seed=request.seed,
-            detokenize=False,
+            seed=seed,
+            return_perf_metrics=True,
+            **request.penalties,
         )
 
-    async def _follow(self, number: int, request: Request, transcript: Transcript, on_chunk: OnChunk) -> None:
+    async def _follow(self, number: int, on_chunk: OnChunk) -> None:
         try:
-            count, finish = await self._pass_on(number, request, transcript, on_chunk)
+            count, finish = await self._pass_on(number, on_chunk)
             self._output_tokens += count
         except Exception as error:  # a request without an answer would hang
             finish = "error"
@@ -98,32 +115,36 @@ class LLMEngine:
         self._finished[finish] += 1
         self._running.pop(number, None)
 
-    async def _pass_on(
-        self, number: int, request: Request, transcript: Transcript, on_chunk: Callable[[Chunk], None]
-    ) -> tuple[int, FinishReason]:
-        seen = 0
-        async for output in self._running[number]:
-            tokens, reason = output.outputs[0].token_ids, output.outputs[0].finish_reason
-            finish = _finish(reason) if reason else None
-            for token in tokens[seen:]:
-                seen += 1
-                if token == request.end_id:
-                    finish = "end_id"
-                elif transcript.add(token):
-                    finish = "stop_words"
-                    self.cancel(number)
-                    break
-            chunk = transcript.take(finish)
-            if chunk is not None:
-                on_chunk(chunk)
+    async def _pass_on(self, number: int, on_chunk: OnChunk) -> tuple[int, FinishReason]:
+        """The tokens of the answer, and why it ended."""
+        seen_tokens = seen_text = 0
+        async for result in self._running[number]:
+            output = result.outputs[0]
+            finish = _finish(output) if output.finish_reason else None
+            tokens, text = tuple(output.token_ids[seen_tokens:]), output.text[seen_text:]
+            if finish or text:
+                word = output.stop_reason if finish == "stop_words" else ""
+                on_chunk(Chunk(tokens, text, finish, word, _times(output) if finish else None))
+                seen_tokens, seen_text = len(output.token_ids), len(output.text)
             if finish is not None:
-                return seen, finish
+                return seen_tokens, finish
         raise RuntimeError("the answer ended without a reason")
 
 
-def _finish(reason: str) -> FinishReason:
-    """TensorRT-LLM's finish_reason in our words."""
-    words: dict[str, FinishReason] = {"stop": "end_id", "length": "length", "cancelled": "cancelled"}
-    if reason not in words:
-        raise RuntimeError(f"the answer ended with {reason}")
-    return words[reason]
+def _finish(output: Any) -> FinishReason:
+    """TensorRT-LLM's finish_reason in our words: a stop reason is the stop word, or the id of a token."""
+    if output.finish_reason == "stop":
+        return "stop_words" if isinstance(output.stop_reason, str) else "end_id"
+    words: dict[str, FinishReason] = {"length": "length", "cancelled": "cancelled"}
+    if output.finish_reason not in words:
+        raise RuntimeError(f"the answer ended with {output.finish_reason}")
+    return words[output.finish_reason]
+
+
+def _times(output: Any) -> Times | None:
+    metrics = getattr(output, "request_perf_metrics", None)
+    if metrics is None:
+        return None
+    times = metrics.timing_metrics
+    each = (times.first_scheduled_time, times.first_token_time, times.last_token_time)
+    return Times(*(time // timedelta(microseconds=1) * 1000 for time in each))

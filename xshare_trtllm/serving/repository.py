@@ -5,29 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, get_args
 
-from xshare_trtllm.config import XShareConfig
+from xshare_trtllm.config import RouterSpec, XShareConfig
 from xshare_trtllm.serving import tensors
+from xshare_trtllm.serving.contracts import CONTRACTS, CONTROL
 from xshare_trtllm.serving.generation import Limits
-from xshare_trtllm.serving.tensors import OPTIONS, TOKENS_TO_MODEL, TOKENS_TO_TEXT, Tensor
-from xshare_trtllm.serving.text import special_token
+from xshare_trtllm.serving.tensors import OPTIONS, TOKENS_TO_MODEL, TOKENS_TO_TEXT, Option, Tensor
+from xshare_trtllm.serving.text import load_tokenizer, read_json, special_token
 
 BackEnd = Literal["tensorrtllm", "trtllm-torch", "cpu"]
 BACK_ENDS: tuple[str, ...] = get_args(BackEnd)
-MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", "ensemble", "tensorrt_llm_bls")
+ENGINE_MODELS = ("ensemble", "preprocessing", "tensorrt_llm", "postprocessing")  # in the order of unloading
 LAUNCH = "launch.sh"
+SETTINGS = "settings.json"  # what `--set` said, for the next writing
 
 _OPTIONS_MODULE = "xshare_options"  # the package with XShare's configuration, for TensorRT-LLM's workers
 _LONGEST_TOKEN = 32  # bytes of text that one token of a prompt may stand for, before it is refused unread
 _TEXT_INSTANCES = 1
+_WARM_UP = {"text_input": "The", "max_tokens": 4}  # a request of Triton's own, before the model is ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,18 @@ class Repository:
     back_end   `tensorrtllm` (an engine folder, TensorRT-LLM's C++ back end), `trtllm-torch` (a Hugging Face
                folder, its LLM API) or `cpu` (the shipped model, or a folder like it)
     engine     the folder that the model is in
-    tokenizer  the folder with tokenizer.json and tokenizer_config.json
+    tokenizer  the folder with tokenizer.json and tokenizer_config.json; `trtllm-torch` takes the model's own
     config     what XShare may do; None: the model's own routing. An engine has it inside
-    limits     of `cpu` and `trtllm-torch`; max_batch_size of all
+    limits     of `cpu` and `trtllm-torch`; max_batch_size and max_queue_size of all
+    contract   of `CONTRACTS`, what clients call the text model and its inputs; `tensorrtllm` has the old one
     streaming  decoupled models: a request may ask for a stream. Without it, plain `infer` calls work
+    control    requests may turn XShare's dial (`cpu`)
     ep_size    GPUs that the experts are spread over: budgets and statistics per GPU on `cpu`,
                moe_expert_parallel_size on `trtllm-torch`
     tp_size    GPUs of `trtllm-torch`
     plugin     libnvinfer_plugin_xshare.so, for `tensorrtllm`
+    settings   parameters of the C++ back end (`tensorrtllm`), or arguments of LLM by dotted names
+               (`trtllm-torch`), over those of the repository that is replaced
     """
 
     back_end: str
@@ -52,29 +60,41 @@ class Repository:
     tokenizer: Path
     config: XShareConfig | None = None
     limits: Limits = field(default_factory=Limits)
+    contract: str = "llmapi"
     streaming: bool = True
+    control: bool = False
     ep_size: int = 1
     tp_size: int = 1
     plugin: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models' names, in the order of unloading."""
+        return ENGINE_MODELS if self.back_end == "tensorrtllm" else (CONTRACTS[self.contract].model,)
 
 
 def write_repository(repository: Repository, path: Path) -> None:
     """Write it to the folder `path`, which is there whole afterwards, or not at all. One that is there
-    already is replaced if `write_repository` wrote it.
+    already is replaced if `write_repository` wrote it; its `settings` are kept where new ones do not say
+    otherwise.
 
-    Raises ValueError, in the user's words, for an engine, tokenizer or plugin that is not one, and for a
-    folder that holds something else; ImportError where `tritonclient[grpc]` is missing.
+    Raises ValueError, in the user's words, for an engine, tokenizer, plugin or configuration that does not
+    fit, and for a folder that holds something else; ImportError where `tritonclient[grpc]` is missing.
     """
-    _check(repository)
     if path.exists() and any(path.iterdir()) and not (path / LAUNCH).is_file():
         raise ValueError(f"{path}: holds files that this command did not write; choose another folder")
+    kept = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
+    if kept.pop("back_end", "") == repository.back_end:
+        repository = replace(repository, settings={**kept, **repository.settings})
+    _check(repository)
     with _folder_aside(path) as aside:
-        for name, config in _configurations(repository).items():
-            _write_model(aside, name, config)
-        if repository.back_end == "trtllm-torch" and repository.config is not None:
-            from xshare_trtllm.trtllm import write_options
-
-            write_options(aside / "tensorrt_llm" / "1" / _OPTIONS_MODULE, repository.config)
+        for config in _configurations(repository):
+            _write_model(aside, config)
+        if repository.back_end != "tensorrtllm":
+            _write_text_model(aside / repository.models[0], repository)
+        settings = {"back_end": repository.back_end, **repository.settings}
+        (aside / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
         script = aside / LAUNCH
         script.write_text(launch_script(repository), encoding="utf-8")
         script.chmod(0o755)
@@ -100,21 +120,60 @@ def _folder_aside(path: Path) -> Iterator[Path]:
 def _check(repository: Repository) -> None:
     if repository.back_end not in BACK_ENDS:
         raise ValueError(f"back end {repository.back_end!r}: must be one of {', '.join(BACK_ENDS)}")
+    if repository.contract not in CONTRACTS:
+        raise ValueError(f"contract {repository.contract!r}: must be one of {', '.join(CONTRACTS)}")
     if not (repository.engine / "config.json").is_file():
         raise ValueError(f"{repository.engine}: has no config.json")
-    if repository.back_end == "tensorrtllm":
-        _engine_ranks(repository.engine)
-        if repository.config is not None:
-            raise ValueError("an engine has its budget inside: give the budget to `trtllm-build`")
-        if repository.plugin is None or not repository.plugin.is_file():
-            raise ValueError(f"plugin library {repository.plugin}: is not there; build it, or name it")
+    if repository.control and repository.back_end != "cpu":
+        raise ValueError("control: is for the back end cpu")
+    if repository.settings and repository.back_end == "cpu":
+        raise ValueError(f"{next(iter(repository.settings))}: the back end cpu has no such settings")
+    if repository.back_end != "tensorrtllm":
+        _check_config(repository)
+        return
+    _engine_ranks(repository.engine)
+    if repository.config is not None:
+        raise ValueError("an engine has its budget inside: give the budget to `trtllm-build`")
+    if repository.plugin is None or not repository.plugin.is_file():
+        raise ValueError(f"plugin library {repository.plugin}: is not there; build it, or name it")
+
+
+def _check_config(repository: Repository) -> None:
+    """The configuration against the model's router and its number of MoE layers."""
+    model = read_json(repository.engine / "config.json")
+    spec = RouterSpec.from_hf_config(model)
+    config = repository.config
+    if config is None:
+        return
+    config.check(spec)
+    layers = _moe_layers(model)
+    if isinstance(config.budget, tuple) and len(config.budget) != layers:
+        raise ValueError(
+            f"XShareConfig(budget=): names {len(config.budget)} layers, the model has {layers} MoE layers"
+        )
+
+
+def _moe_layers(model: Mapping[str, Any]) -> int:
+    """By the names of Qwen's and DeepSeek's configurations; elsewhere every layer is one."""
+    first, step = model.get("first_k_dense_replace", 0), model.get("decoder_sparse_step") or 1
+    dense = model.get("mlp_only_layers") or ()
+    layers = range(first, model["num_hidden_layers"])
+    return sum(layer not in dense and (layer + 1) % step == 0 for layer in layers)
+
+
+def _engine_config(engine: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """`pretrained_config` and `build_config` of an engine folder."""
+    values = read_json(engine / "config.json")
+    try:
+        return values["pretrained_config"], values["build_config"]
+    except KeyError as error:
+        raise ValueError(f"{engine}: config.json is not that of a TensorRT-LLM engine ({error})") from None
 
 
 def _engine_ranks(engine: Path) -> int:
     """The ranks of an engine folder. Raises ValueError where a file is missing."""
-    values = json.loads((engine / "config.json").read_text(encoding="utf-8"))
     try:
-        ranks = int(values["pretrained_config"]["mapping"]["world_size"])
+        ranks = int(_engine_config(engine)[0]["mapping"]["world_size"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{engine}: config.json is not that of a TensorRT-LLM engine ({error})") from None
     missing = [f"rank{rank}.engine" for rank in range(ranks) if not (engine / f"rank{rank}.engine").is_file()]
@@ -123,28 +182,67 @@ def _engine_ranks(engine: Path) -> int:
     return ranks
 
 
-def _write_model(repository: Path, name: str, config: Any) -> None:
+def _write_model(repository: Path, config: Any) -> None:
     text_format = import_module("google.protobuf.text_format")
-    version = repository / name / "1"
+    version = repository / config.name / "1"
     version.mkdir(parents=True)
     text = text_format.MessageToString(config)
-    (repository / name / "config.pbtxt").write_text(text, encoding="utf-8")
+    (repository / config.name / "config.pbtxt").write_text(text, encoding="utf-8")
     if config.backend == "python":
-        line = f"from xshare_trtllm.serving.models.{name} import TritonPythonModel as TritonPythonModel\n"
+        module = "text_to_text" if "contract" in config.parameters else config.name
+        line = f"from xshare_trtllm.serving.models.{module} import TritonPythonModel as TritonPythonModel\n"
         (version / "model.py").write_text(line, encoding="utf-8")
     else:
         (version / ".keep").touch()
 
 
-def _configurations(repository: Repository) -> dict[str, Any]:
-    configurations = (
-        _preprocessing(repository),
-        _model(repository),
-        _postprocessing(repository),
-        _ensemble(repository),
-        _bls(repository),
-    )
-    return {config.name: config for config in configurations}
+def _write_text_model(folder: Path, repository: Repository) -> None:
+    """What the text model needs beside its configuration: the data of its first request, LLM's arguments,
+    XShare's options."""
+    warm_up = folder / "warmup"
+    warm_up.mkdir()
+    for name, value in _WARM_UP.items():
+        data = value.encode() if isinstance(value, str) else b""
+        raw = struct.pack("<I", len(data)) + data if isinstance(value, str) else struct.pack("<i", value)
+        (warm_up / name).write_bytes(raw)
+    if repository.back_end == "trtllm-torch":
+        import yaml  # type: ignore[import-untyped,unused-ignore]
+
+        text = yaml.safe_dump(_llm_arguments(repository), sort_keys=False)
+        (folder / "1" / "model.yaml").write_text(text, encoding="utf-8")
+        if repository.config is not None:
+            from xshare_trtllm.trtllm import write_options
+
+            write_options(folder / "1" / _OPTIONS_MODULE, repository.config)
+
+
+def _llm_arguments(repository: Repository) -> dict[str, Any]:
+    """The arguments of TensorRT-LLM's LLM: ours, then those of `settings`, each at its dotted name."""
+    arguments: dict[str, Any] = {
+        "model": str(repository.engine.resolve()),
+        "tensor_parallel_size": repository.tp_size,
+        "moe_expert_parallel_size": repository.ep_size,
+        "max_batch_size": repository.limits.max_batch_size,
+    }
+    for name, value in repository.settings.items():
+        *parents, last = name.split(".")
+        place = arguments
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{name}: {parent} is a value, not a group of them")
+        place[last] = value
+    return arguments
+
+
+def _configurations(repository: Repository) -> Iterator[Any]:
+    if repository.back_end != "tensorrtllm":
+        yield _text_model(repository)
+        return
+    yield _ensemble(repository)
+    yield _preprocessing(repository)
+    yield _engine_model(repository)
+    yield _postprocessing(repository)
 
 
 def _configuration(
@@ -187,12 +285,7 @@ def _on_cpu(config: Any, backend: str = "python") -> Any:
 
 
 def _preprocessing(repository: Repository) -> Any:
-    is_ours = repository.back_end == "cpu"
-    ids = {
-        name: -1 if token is None else token
-        for name in ("bos", "eos", "pad")
-        for token in [special_token(repository.tokenizer, f"{name}_token")]
-    }
+    end, pad = (special_token(repository.tokenizer, f"{name}_token") for name in ("eos", "pad"))
     inputs = [
         Tensor(option.to_text, option.tensor.type, option.tensor.dims, option.tensor.optional)
         for option in OPTIONS
@@ -200,40 +293,95 @@ def _preprocessing(repository: Repository) -> Any:
     ]
     parameters = {
         "tokenizer_dir": str(repository.tokenizer.resolve()),
-        "add_special_tokens": "true",
-        "first_id": str(ids["bos"] if is_ours else -1),
-        "end_id": str(ids["eos"]),
-        "pad_id": str(ids["pad"] if ids["pad"] >= 0 else ids["eos"]),
-        "max_input_bytes": str(repository.limits.max_input_len * _LONGEST_TOKEN),
+        "end_id": str(-1 if end is None else end),
+        "pad_id": str(next((token for token in (pad, end) if token is not None), -1)),
+        "max_input_bytes": str(_longest_prompt(repository) * _LONGEST_TOKEN),
     }
     outputs = tensors.PREPROCESSING_OUTPUTS
     config = _on_cpu(_configuration(repository, "preprocessing", inputs, outputs, parameters))
-    config.dynamic_batching.SetInParent()
+    config.dynamic_batching.default_queue_policy.max_queue_size = repository.limits.max_queue_size
     return config
 
 
-def _model(repository: Repository) -> Any:
+def _longest_prompt(repository: Repository) -> int:
+    """Tokens that the engine was built for."""
+    try:
+        return int(_engine_config(repository.engine)[1]["max_input_len"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{repository.engine}: config.json has no max_input_len ({error})") from None
+
+
+def _text_model(repository: Repository) -> Any:
+    """Text in, text out, in one model."""
+    contract = CONTRACTS[repository.contract]
+    inputs = [*contract.inputs.values(), *(CONTROL if repository.control else ())]
+    parameters = {
+        "back_end": repository.back_end,
+        "contract": repository.contract,
+        "settings": json.dumps(_text_settings(repository)),
+    }
+    config = _configuration(repository, contract.model, inputs, contract.outputs, parameters)
+    if not contract.is_batched:
+        config.max_batch_size = 0
+    config.model_transaction_policy.decoupled = repository.streaming
+    warm_up = config.model_warmup.add(name="first request", batch_size=1)
+    for name in _WARM_UP:
+        described = warm_up.inputs[contract.name(name)]
+        described.data_type = config.input[list(contract.inputs).index(name)].data_type
+        described.dims.append(1)
+        described.input_data_file = name
+    return _on_cpu(config)
+
+
+def _text_settings(repository: Repository) -> dict[str, Any]:
+    """What the text model's engine reads."""
+    settings: dict[str, Any] = {
+        "limits": asdict(repository.limits),
+        "config": None if repository.config is None else repository.config.to_dict(),
+    }
+    if repository.back_end == "trtllm-torch":
+        settings["options_module"] = None if repository.config is None else _OPTIONS_MODULE
+        settings["end_id"] = special_token(repository.tokenizer, "eos_token")
+        return settings
+    load_tokenizer(repository.tokenizer)
+    return settings | {
+        "model": str(repository.engine.resolve()),
+        "ep_size": repository.ep_size,
+        "tokenizer": str(repository.tokenizer.resolve()),
+        "first_id": special_token(repository.tokenizer, "bos_token"),
+        "end_id": special_token(repository.tokenizer, "eos_token"),
+    }
+
+
+def _engine_model(repository: Repository) -> Any:
+    """TensorRT-LLM's C++ back end, from tokens to tokens."""
+    is_guided = bool(repository.settings.get("guided_decoding_backend"))
     own = {tensor.name for tensor in tensors.MODEL_INPUTS}
     inputs = [
         *tensors.MODEL_INPUTS,
         *(
             Tensor(o.to_model, o.tensor.type, o.tensor.dims, True, o.tensor.scalar, o.tensor.ragged)
-            for o in OPTIONS
+            for o in _options(is_guided)
             if o.to_model and o.to_model not in own
         ),
     ]
-    is_engine = repository.back_end == "tensorrtllm"
-    parameters = _engine_parameters(repository) if is_engine else _engine_settings(repository)
+    parameters = _engine_parameters(repository)
     config = _configuration(
         repository, "tensorrt_llm", inputs, tensors.MODEL_OUTPUTS, parameters, in_model=True
     )
     config.model_transaction_policy.decoupled = repository.streaming
-    config.dynamic_batching.SetInParent()
-    return _on_cpu(config, "tensorrtllm" if is_engine else "python")
+    config.dynamic_batching.default_queue_policy.max_queue_size = repository.limits.max_queue_size
+    return _on_cpu(config, "tensorrtllm")
+
+
+def _options(is_guided: bool) -> list[Option]:
+    """Guided decoding is there where the engine's back end has been told how."""
+    return [option for option in OPTIONS if is_guided or not option.tensor.name.startswith("guided_")]
 
 
 def _engine_parameters(repository: Repository) -> dict[str, str]:
-    """What TensorRT-LLM's C++ back end reads; the rest is left to its defaults."""
+    """What TensorRT-LLM's C++ back end reads; the rest is left to its defaults. It does not load where the
+    two of guided decoding are missing, even if they are empty."""
     return {
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(repository.engine.resolve()),
@@ -241,28 +389,14 @@ def _engine_parameters(repository: Repository) -> dict[str, str]:
         "exclude_input_in_output": "true",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
+        "guided_decoding_backend": "",
+        "xgrammar_tokenizer_info_path": "",
+        **{name: _as_text(value) for name, value in repository.settings.items()},
     }
 
 
-def _engine_settings(repository: Repository) -> dict[str, str]:
-    """What our own `tensorrt_llm` model reads."""
-    settings: dict[str, Any] = {
-        "model": str(repository.engine.resolve()),
-        "limits": asdict(repository.limits),
-    }
-    if repository.back_end == "cpu":
-        settings["config"] = None if repository.config is None else repository.config.to_dict()
-        settings["ep_size"] = repository.ep_size
-    else:
-        sizes = {"tensor_parallel_size": repository.tp_size, "moe_expert_parallel_size": repository.ep_size}
-        settings["llm"] = sizes
-        settings["options_module"] = None if repository.config is None else _OPTIONS_MODULE
-    return {
-        "back_end": repository.back_end,
-        "settings": json.dumps(settings),
-        "tokenizer_dir": str(repository.tokenizer.resolve()),
-        "exclude_input_in_output": "true",
-    }
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _postprocessing(repository: Repository) -> Any:
@@ -274,20 +408,19 @@ def _postprocessing(repository: Repository) -> Any:
 
 
 def _ensemble(repository: Repository) -> Any:
-    inputs = [option.tensor for option in OPTIONS]
-    config = _configuration(repository, "ensemble", inputs, tensors.TEXT_OUTPUTS)
+    options = _options(bool(repository.settings.get("guided_decoding_backend")))
+    passed_on = [tensor for tensor in tensors.MODEL_OUTPUTS if tensor.name not in TOKENS_TO_TEXT]
+    inputs = [option.tensor for option in options]
+    config = _configuration(repository, "ensemble", inputs, (*tensors.TEXT_OUTPUTS, *passed_on))
     config.platform = "ensemble"
-    to_text = {option.to_text: option.tensor.name for option in OPTIONS if option.to_text}
-    to_model = {option.to_model: option.tensor.name for option in OPTIONS if option.to_model}
+    to_text = {option.to_text: option.tensor.name for option in options if option.to_text}
+    to_model = {option.to_model: option.tensor.name for option in options if option.to_model}
     _step(config, "preprocessing", to_text, {name: f"_{name}" for name in TOKENS_TO_MODEL})
     to_model |= {name: f"_{token}" for token, name in TOKENS_TO_MODEL.items()}
-    _step(config, "tensorrt_llm", to_model, {name: f"_{text}" for name, text in TOKENS_TO_TEXT.items()})
-    _step(
-        config,
-        "postprocessing",
-        {text: f"_{text}" for text in TOKENS_TO_TEXT.values()},
-        {"OUTPUT": "text_output"},
-    )
+    tokens = {name: f"_{text}" for name, text in TOKENS_TO_TEXT.items()}
+    _step(config, "tensorrt_llm", to_model, tokens | {tensor.name: tensor.name for tensor in passed_on})
+    texts = {text: f"_{text}" for text in TOKENS_TO_TEXT.values()}
+    _step(config, "postprocessing", texts, {"OUTPUT": "text_output"})
     return config
 
 
@@ -295,18 +428,6 @@ def _step(config: Any, model: str, inputs: dict[str, str], outputs: dict[str, st
     step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
     step.input_map.update(inputs)
     step.output_map.update(outputs)
-
-
-def _bls(repository: Repository) -> Any:
-    limits = repository.limits
-    parameters = {
-        "tensorrt_llm_model_name": "tensorrt_llm",
-        "max_requests": str(limits.max_batch_size + limits.max_queue_size),
-    }
-    inputs = [option.tensor for option in OPTIONS]
-    config = _configuration(repository, "tensorrt_llm_bls", inputs, tensors.TEXT_OUTPUTS, parameters)
-    config.model_transaction_policy.decoupled = repository.streaming
-    return _on_cpu(config)
 
 
 def launch_script(repository: Repository) -> str:
@@ -318,14 +439,19 @@ def launch_script(repository: Repository) -> str:
     if repository.back_end == "trtllm-torch":
         lines.append(_PYTHONPATH)
     lines.append(_SERVER)
-    lines.append('exec "${server[@]}" "$@"\n' if ranks == 1 else _MPI.format(others=ranks - 1))
+    if repository.back_end == "tensorrtllm":
+        lines.append(_PRELOADED)
+    if ranks > 1:
+        lines.append(_MPI.format(others=ranks - 1))
+    lines.append(_SUPERVISE.format(models=" ".join(repository.models)))
     return "\n".join(lines)
 
 
 _HEAD = """\
 #!/usr/bin/env bash
 # Starts Triton on this model repository; arguments go to tritonserver. ADDRESS=0.0.0.0 serves other machines,
-# without it only this one; HTTP_PORT, GRPC_PORT and METRICS_PORT are the ports.
+# without it only this one; HTTP_PORT, GRPC_PORT and METRICS_PORT are the ports. SIGTERM: no new requests,
+# those that run end, within DRAIN_SECONDS (60). A dead model is restarted, RESTARTS (5) times in 10 minutes.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 address=${ADDRESS:-127.0.0.1}
@@ -333,7 +459,7 @@ address=${ADDRESS:-127.0.0.1}
 
 _PRELOAD = """\
 # XShare's TensorRT plugin has to be in the process before the engine is loaded.
-export LD_PRELOAD={plugin}${{LD_PRELOAD:+:$LD_PRELOAD}}
+preload={plugin}${{LD_PRELOAD:+:$LD_PRELOAD}}
 """
 
 _PYTHONPATH = """\
@@ -343,19 +469,30 @@ export PYTHONPATH=$repository/tensorrt_llm/1${PYTHONPATH:+:$PYTHONPATH}
 
 _SERVER = """\
 server=(
-    tritonserver --model-repository "$repository" --disable-auto-complete-config
+    tritonserver --model-repository "$repository" --disable-auto-complete-config @control
     --http-address "$address" --http-port "${HTTP_PORT:-8000}"
     --grpc-address "$address" --grpc-port "${GRPC_PORT:-8001}"
     --metrics-address "$address" --metrics-port "${METRICS_PORT:-8002}"
+    "$@"
 )
+"""
+
+_PRELOADED = """\
+server=(env "LD_PRELOAD=$preload" "${server[@]}")
 """
 
 _MPI = """\
 # One process per rank; the first one serves, the others only run their part of the model.
 others=(
-    tritonserver --model-repository "$repository" --disable-auto-complete-config
+    env "LD_PRELOAD=$preload" tritonserver --model-repository "$repository" --disable-auto-complete-config
     --model-control-mode explicit --load-model tensorrt_llm
     --allow-http false --allow-grpc false --allow-metrics false
 )
-exec mpirun --allow-run-as-root -n 1 "${{server[@]}}" "$@" : -n {others} "${{others[@]}}"
+server=(mpirun --allow-run-as-root -n 1 "${{server[@]}}" : -n {others} "${{others[@]}}")
+"""
+
+_SUPERVISE = """\
+here=$address
+[ "$here" != 0.0.0.0 ] || here=127.0.0.1
+exec python3 -m xshare_trtllm.serving.supervise "$here:${{HTTP_PORT:-8000}}" {models} -- "${{server[@]}}"
 """

@@ -3,7 +3,7 @@
 From NVIDIA/TensorRT-LLM, triton_backend/all_models/inflight_batcher_llm: ensemble/config.pbtxt (commit
 2a9abd95), tensorrt_llm/config.pbtxt (0c8de69a), tensorrt_llm_bls/config.pbtxt (0193dbd4),
 preprocessing/config.pbtxt (08dc37e3), postprocessing/config.pbtxt (89fd9b74). Left out are images, videos,
-encoders, draft models and the outputs that nothing here makes.
+encoders and draft models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An input of the text models (`ensemble`, `tensorrt_llm_bls`), and where it goes.
+    """An input of the text model, and where it goes in an ensemble over an engine.
 
     to_text   its name in `preprocessing`; "" = it does not go there
     to_model  its name in `tensorrt_llm`; "" = it does not go there
@@ -68,7 +68,7 @@ OPTIONS: tuple[Option, ...] = (
     _scalar("seed", "TYPE_UINT64"),
     _scalar("length_penalty", "TYPE_FP32", "len_penalty", 1.0),
     _scalar("repetition_penalty", "TYPE_FP32", neutral=1.0),
-    _scalar("min_tokens", "TYPE_INT32", neutral=1),
+    _scalar("min_tokens", "TYPE_INT32"),
     _scalar("presence_penalty", "TYPE_FP32", neutral=0.0),
     _scalar("frequency_penalty", "TYPE_FP32", neutral=0.0),
     _scalar("beam_width", "TYPE_INT32", neutral=1),
@@ -76,9 +76,9 @@ OPTIONS: tuple[Option, ...] = (
     _scalar("return_log_probs", "TYPE_BOOL", neutral=False),
     _scalar("return_context_logits", "TYPE_BOOL", neutral=False),
     _scalar("return_generation_logits", "TYPE_BOOL", neutral=False),
-    _scalar("return_perf_metrics", "TYPE_BOOL", neutral=False),
-    _scalar("return_num_input_tokens", "TYPE_BOOL", neutral=False),
-    _scalar("return_num_output_tokens", "TYPE_BOOL", neutral=False),
+    _scalar("return_perf_metrics", "TYPE_BOOL"),
+    _scalar("return_num_input_tokens", "TYPE_BOOL"),
+    _scalar("return_num_output_tokens", "TYPE_BOOL"),
     Option(
         Tensor("prompt_embedding_table", "TYPE_FP16", (-1, -1), ragged=True),
         to_model="prompt_embedding_table",
@@ -132,6 +132,24 @@ MODEL_INPUTS = (
 MODEL_OUTPUTS = (
     Tensor("output_ids", "TYPE_INT32", (-1, -1)),
     Tensor("sequence_length", "TYPE_INT32", (-1,)),
+    Tensor("cum_log_probs", "TYPE_FP32", (-1,)),
+    Tensor("output_log_probs", "TYPE_FP32", (-1, -1)),
+    Tensor("context_logits", "TYPE_FP32", (-1, -1)),
+    Tensor("generation_logits", "TYPE_FP32", (-1, -1, -1)),
+    Tensor("batch_index", "TYPE_INT32"),
+    Tensor("sequence_index", "TYPE_INT32"),
+    Tensor("kv_cache_alloc_new_blocks", "TYPE_INT32"),
+    Tensor("kv_cache_reused_blocks", "TYPE_INT32"),
+    Tensor("kv_cache_alloc_total_blocks", "TYPE_INT32"),
+    Tensor("arrival_time_ns", "TYPE_INT64"),
+    Tensor("first_scheduled_time_ns", "TYPE_INT64"),
+    Tensor("first_token_time_ns", "TYPE_INT64"),
+    Tensor("last_token_time_ns", "TYPE_INT64"),
+    Tensor("acceptance_rate", "TYPE_FP32"),
+    Tensor("total_accepted_draft_tokens", "TYPE_INT32"),
+    Tensor("total_draft_tokens", "TYPE_INT32"),
+    Tensor("num_input_tokens", "TYPE_INT32"),
+    Tensor("num_output_tokens", "TYPE_INT32"),
 )
 
 POSTPROCESSING_INPUTS = (

@@ -1,8 +1,7 @@
-"""The engine in a process of its own. Where that process dies, requests under way end with an error, a new
-process starts, and later requests are served.
+"""The engine in a process of its own: what works hard and may run out of memory is not Triton's process.
 
-Triton 2.51 does not do this by itself: when the process of a decoupled Python model is killed, its requests
-never end and the model serves no more until it is unloaded and loaded again.
+Where it dies, the requests under way end with an error and `on_death` is called; nothing is started again
+here, since only a new server is ready in Triton's eyes (`supervise.py`).
 """
 
 from __future__ import annotations
@@ -12,63 +11,61 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
 from xshare_trtllm.serving.generation import Busy, Chunk, OnChunk, Request
-from xshare_trtllm.serving.metrics import Statistics, add_layers
+from xshare_trtllm.serving.metrics import Statistics
 
 if TYPE_CHECKING:
     from xshare_trtllm.serving.engine import Generation
 
 START_TIMEOUT = 300.0  # seconds for a model to load
 STOP_TIMEOUT = 5.0  # seconds for the model's process to end when asked to; then it is killed
-FRUITLESS_STARTS = 3  # so many deaths before the model was loaded, and no other start is tried
 
 
 class Worker:
     """An `Engine` in a child process, by the settings of `load_engine`. Same `submit`, `close` and
     `statistics`; chunks arrive on a thread of this object.
 
+    on_death  called on that thread when the process has ended unasked, after its requests got their errors
+
     Raises RuntimeError where the model does not load, with the reason.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._settings = settings
+    def __init__(self, settings: dict[str, Any], on_death: Callable[[], None] = lambda: None) -> None:
+        self._on_death = on_death
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._open: dict[int, OnChunk] = {}
-        self._is_ready = threading.Event()
+        self._has_loaded = threading.Event()  # or has failed to
+        self._is_over = False
+        self._failure = "the model's process ended before the model was loaded"
         self._is_closing = False
-        self._failure = ""
-        self.vocabulary = 0  # of the model, once it is ready
-        self._restarts = 0
-        self._ended = Statistics()  # of the processes that died
-        self._current = Statistics()
-        self._start()
+        self.vocabulary = 0
+        self.statistics = Statistics()
+        self._start(settings)
         self._thread = threading.Thread(target=self._read, name="xshare-worker", daemon=True)
         self._thread.start()
-        is_in_time = self._is_ready.wait(START_TIMEOUT)
-        if self._failure or not is_in_time:
+        if not self._has_loaded.wait(START_TIMEOUT):
+            self._failure = f"the model did not load within {START_TIMEOUT:.0f} s"
+        if not self.vocabulary:
             self.close()
-            raise RuntimeError(self._failure or f"the model did not load within {START_TIMEOUT:.0f} s")
+            raise RuntimeError(self._failure)
 
     def submit(self, request: Request, on_chunk: OnChunk) -> int:
         """Hand a request to the engine; what it refuses arrives as a chunk. Returns the number that `cancel`
-        takes. Raises Busy where the process is just dying."""
+        takes. Raises Busy where the process has ended."""
         number = next(self._numbers)
         with self._lock:
-            if self._failure or self._is_closing:
-                raise Busy(self._failure or "the server stopped the model")
+            if self._is_over or self._is_closing:
+                raise Busy("the model's process has ended: try again later")
             self._open[number] = on_chunk
-            try:
+            with suppress(OSError):  # it has just died: the reader ends this request with the others
                 self._connection.send(("submit", number, request))
-            except OSError:
-                del self._open[number]
-                raise Busy("the model's process has ended; another one starts: try again") from None
         return number
 
     def cancel(self, number: int) -> None:
@@ -78,14 +75,15 @@ class Worker:
                 with suppress(OSError):  # its process has died, and the request with it
                     self._connection.send(("cancel", number))
 
+    def configure(self, config: dict[str, Any] | None) -> None:
+        """Another configuration (`XShareConfig.to_dict`) from the next step on; None: the model's own."""
+        with self._lock, suppress(OSError):
+            self._connection.send(("configure", -1, config))
+
     @property
     def pid(self) -> int:
         """The model's process."""
         return self._process.pid
-
-    @property
-    def statistics(self) -> Statistics:
-        return _sum(self._ended, self._current, self._restarts)
 
     def close(self) -> None:
         with self._lock:
@@ -99,57 +97,44 @@ class Worker:
             self._process.wait()
         self._thread.join(timeout=STOP_TIMEOUT)
 
-    def _start(self) -> None:
+    def _start(self, settings: dict[str, Any]) -> None:
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "xshare_trtllm.serving.worker", str(theirs.fileno())]
         # Where this process was not started by its own sys.executable (in Triton), sys.path is not inherited.
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path}
-        # A session of its own: what ends the server's process group (Ctrl-C) is not a death to recover from.
+        # A session of its own: what ends the server's process group (Ctrl-C) lets it finish what it has.
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True
         )
         theirs.close()
         with suppress(OSError):  # it has died already, which the reader finds
-            self._connection.send(self._settings)
+            self._connection.send(settings)
 
     def _read(self) -> None:
-        """Until the end: the messages of one process after another."""
-        fruitless = 0
-        while True:
-            try:
-                while True:
-                    self._take(*self._connection.recv())
-            except (EOFError, OSError):
-                pass
-            self._process.wait()
-            fruitless = 0 if self._is_ready.is_set() else fruitless + 1
-            with self._lock:
-                lost, self._open = self._open, {}
-                self._ended, self._current = _sum(self._ended, self._current), Statistics()
-                if fruitless == FRUITLESS_STARTS and not self._failure:
-                    self._failure = f"the model's process ended {fruitless} times before the model was loaded"
-                is_over = self._is_closing or bool(self._failure)
-                if not is_over:
-                    self._is_ready.clear()
-                    self._restarts += 1
-                    self._start()
-            error = "the server stopped the model" if is_over else "the model's process ended; try again"
-            for on_chunk in lost.values():
-                on_chunk(Chunk(finish="error", error=error))
-            if is_over:
-                self._is_ready.set()
-                return
+        with suppress(EOFError, OSError):
+            while True:
+                self._take(*self._connection.recv())
+        self._process.wait()
+        with self._lock:
+            self._is_over = True
+            lost, self._open = self._open, {}
+        error = "the server stopped the model" if self._is_closing else "the model's process ended; try again"
+        for on_chunk in lost.values():
+            on_chunk(Chunk(finish="error", error=error))
+        self._has_loaded.set()
+        if self.vocabulary and not self._is_closing:
+            self._on_death()
 
     def _take(self, kind: str, *values: Any) -> None:
         if kind == "ready":
             self.vocabulary = values[0]
-            self._is_ready.set()
+            self._has_loaded.set()
         elif kind == "failed":
             self._failure = f"the model does not load: {values[0]}"
         elif kind == "step":
             chunks, statistics = values
-            self._current = statistics or self._current
+            self.statistics = statistics or self.statistics
             for number, chunk in chunks:
                 self._hand_on(number, chunk)
 
@@ -158,15 +143,6 @@ class Worker:
             on_chunk = self._open.pop(number, None) if chunk.finish else self._open.get(number)
         if on_chunk is not None:
             on_chunk(chunk)
-
-
-def _sum(one: Statistics, other: Statistics, restarts: int = 0) -> Statistics:
-    """Totals of two processes, one after the other."""
-    layers = add_layers(one.layers, other.layers)
-    reasons = {**one.finished, **other.finished}
-    finished = {reason: one.finished.get(reason, 0) + other.finished.get(reason, 0) for reason in reasons}
-    tokens = one.output_tokens + other.output_tokens
-    return replace(other, layers=layers, finished=finished, output_tokens=tokens, restarts=restarts)
 
 
 def main() -> None:
@@ -198,6 +174,7 @@ def main() -> None:
             with known:
                 generations.pop(number, None)
 
+    from xshare_trtllm.config import XShareConfig
     from xshare_trtllm.serving.engine import load_engine
 
     try:
@@ -214,6 +191,9 @@ def main() -> None:
         if kind == "close":
             engine.close()
             os._exit(0)  # at once: there is nothing to keep
+        if kind == "configure":
+            engine.configure(None if values[0] is None else XShareConfig.from_dict(values[0]))
+            continue
         if kind == "cancel":
             with known:
                 generation = generations.get(number)

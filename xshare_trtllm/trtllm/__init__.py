@@ -8,30 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xshare_trtllm.trtllm.torch_backend import (
-        Enabled,
-        XShareMoeRoutingMethod,
-        enable,
-        enable_when_loaded,
-        router_spec,
-        run_console_script,
-        write_options,
-    )
+    from xshare_trtllm.trtllm.torch_backend import Enabled, enable
+    from xshare_trtllm.trtllm.torch_routing import XShareMoeRoutingMethod
+    from xshare_trtllm.trtllm.torch_support import router_spec
+    from xshare_trtllm.trtllm.workers import use
 
-__all__ = [
-    "Enabled",
-    "XShareMoeRoutingMethod",
-    "enable",
-    "enable_when_loaded",
-    "router_spec",
-    "run_console_script",
-    "write_options",
-]
+_HOME = {
+    "Enabled": "torch_backend",
+    "XShareMoeRoutingMethod": "torch_routing",
+    "enable": "torch_backend",
+    "router_spec": "torch_support",
+    "use": "workers",
+}
+__all__ = ["Enabled", "XShareMoeRoutingMethod", "enable", "router_spec", "use"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from xshare_trtllm.trtllm import torch_backend
+    from importlib import import_module
 
-    return getattr(torch_backend, name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -72,6 +72,18 @@ def _rewrite(command: Path, text: str, old: str, new: str) -> None:
         aside.chmod(command.stat().st_mode)
 
 
+# The fields of XShareConfig, by their names.
+_SETTINGS: dict[str, tuple[type, str]] = {
+    "coverage": (float, "Share of what the rows ask for that is enough, for example 0.97."),
+    "budget": (int, "Experts that may be active in an MoE layer."),
+    "utility": (str, "What an expert is worth to a row: squared_weight (default) or affinity."),
+    "warmup": (int, "Experts per token that are kept whatever the batch says (default 1)."),
+    "request_budget": (int, "Experts that one request proposes (speculative decoding)."),
+    "gpu_budget": (int, "Experts that may be active on one GPU (expert parallelism)."),
+    "max_rows": (int, "With more rows than this the model's own routing is the output."),
+}
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     _add_options(parser)
@@ -82,8 +94,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("XShare (xshare-trtllm)")
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add("--plugin", choices=["xshare"], help="One shared set of experts per MoE layer and step.")
-    add("--xshare_budget", type=int, metavar="N", help="Experts that may be active in an MoE layer.")
-    add("--xshare_config", type=Path, metavar="FILE", help="YAML file with the budget and its options.")
+    add("--xshare_config", type=Path, metavar="FILE", help="YAML file with what the options below say.")
+    for name, (kind, text) in _SETTINGS.items():
+        add(f"--xshare_{name}", type=kind, metavar=kind.__name__.upper(), help=text)
     add("--xshare_install", action="store_true", help="Put --plugin into the trtllm-build on PATH, and end.")
     add("--xshare_uninstall", action="store_true", help="Take it out of there again, and end.")
 
@@ -106,12 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _configuration(parser: argparse.ArgumentParser, chosen: dict[str, Any]) -> XShareConfig:
-    if ("xshare_budget" in chosen) == ("xshare_config" in chosen):
-        parser.error("--plugin xshare needs either --xshare_budget or --xshare_config")
+    settings = {name: chosen[key] for name in _SETTINGS if (key := f"xshare_{name}") in chosen}
+    if ("xshare_config" in chosen) == bool(settings):
+        parser.error("--plugin xshare needs either --xshare_config or its values: --xshare_coverage 0.97")
     try:
         if "xshare_config" in chosen:
             return XShareConfig.from_yaml(chosen["xshare_config"])
-        return XShareConfig(chosen["xshare_budget"])
+        return XShareConfig.from_dict(settings)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

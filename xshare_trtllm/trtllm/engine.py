@@ -34,7 +34,7 @@ from xshare_trtllm.graph.tensorrt_layers import TensorRTOps
 from xshare_trtllm.report import write_aside
 from xshare_trtllm.trtllm.engine_rows import Rows, packed_rows, padded_rows
 
-PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "XShareRouting", "1", "xshare"
+PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "XShareRouting", "2", "xshare"
 BUILD_MODULE = "tensorrt_llm.commands.build"
 INT32_MAX = 2**31 - 1
 
@@ -163,7 +163,7 @@ class EngineRouting:
         ops, is_packed = self._ops, network.plugin_config.remove_input_padding
         flat = logits.trt_tensor if is_packed else ops.reshape(logits.trt_tensor, (-1, spec.num_experts))
         tensors = {"request_ids": self._rows.request_ids, "exempt": self._rows.exempt}
-        if config.gpu_budget is not None:
+        if config.gpu_budget is not None or (config.coverage is not None and moe.mapping.moe_ep_size > 1):
             tensors["expert_gpu"] = ops.constant(expert_gpu(moe))
         layer = add_plugin_layer(trt, network.trt_network, self._creator, spec, config, flat, tensors)
         made = [functional._create_tensor(layer.get_output(i), layer) for i in range(2)]
@@ -243,7 +243,7 @@ def check_build(config: XShareConfig, build_config: Any) -> None:
 def _local_layers(config: XShareConfig, model_config: Any, rank: int) -> tuple[int, int | None]:
     """Of a budget per MoE layer: the first that this rank's pipeline stage has, and how many. Layers without
     experts come first in a model, as in DeepSeek's."""
-    if isinstance(config.budget, int):
+    if not isinstance(config.budget, tuple):
         return 0, None
     local = copy.deepcopy(model_config)
     local.set_rank(rank)
@@ -346,16 +346,14 @@ def plugin_fields(
     spec: RouterSpec, config: XShareConfig, inputs: GraphInputs
 ) -> dict[str, npt.NDArray[np.generic]]:
     """The fields of the plugin by name, as plugins/tensorrt/README.md lists them."""
-    assert isinstance(config.budget, int)
     whole = {
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
-        "budget": config.budget,
         "num_groups": spec.num_groups,
         "top_k_groups": spec.top_k_groups,
         "warmup": config.warmup,
     }
-    for name in ("request_budget", "gpu_budget", "max_rows"):
+    for name in ("budget", "request_budget", "gpu_budget", "max_rows"):
         if (value := getattr(config, name)) is not None:
             whole[name] = value
     whole |= {f"has_{name}": 1 for name in inputs.names()}
@@ -363,9 +361,10 @@ def plugin_fields(
         name: np.array([min(value, INT32_MAX)], np.int32) for name, value in whole.items()
     }
     fields["scoring"] = np.frombuffer(spec.scoring.encode(), np.int8)
+    fields["utility"] = np.frombuffer(config.utility.encode(), np.int8)
     fields["routed_scaling_factor"] = np.array([spec.routed_scaling_factor], np.float32)
-    if config.min_coverage is not None:
-        fields["min_coverage"] = np.array([config.min_coverage], np.float64)
+    if config.coverage is not None:
+        fields["coverage"] = np.array([config.coverage], np.float64)
     return fields
 
 

@@ -14,238 +14,82 @@ Which versions and backends, and how each was verified: docs/pytorch_backend.md.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from xshare_trtllm import ops
-from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.report import write_aside
-from xshare_trtllm.routing import mask_logits, route
-from xshare_trtllm.trtllm.torch_rows import MetadataWatch, rows_of_this_step
-
-# ---- Routing methods ---------------------------------------------------------------------------------------
-
-# By class and not by routing_method_type: a model's own subclass may share the type and compute otherwise.
-_SCORING = {
-    "DefaultMoeRoutingMethod": "softmax",
-    "RenormalizeMoeRoutingMethod": "topk_softmax",
-    "RenormalizeNaiveMoeRoutingMethod": "topk_softmax",  # its apply() is a softmax over the chosen logits too
-    "DeepSeekV3MoeRoutingMethod": "sigmoid_bias",
-    "DeepseekV3Gate": "sigmoid_bias",  # a gate that is its own routing method, in 1.0
-    "MiniMaxM2MoeRoutingMethod": "sigmoid_bias",
-}
-_REFUSED = {
-    "Llama4RenormalizeMoeRoutingMethod": "it weighs by sigmoids of the logits",
-    "SparseMixerMoeRoutingMethod": "it chooses one expert after the other, each with a softmax of its own",
-}
-_RENORMALIZING = ("RenormalizeMoeRoutingMethod", "RenormalizeNaiveMoeRoutingMethod")
-
-
-def router_spec(routing_method: Any, num_experts: int) -> RouterSpec:
-    """What a routing method of TensorRT-LLM computes over `num_experts` experts.
-
-    Raises ValueError, by the name of its class, for a method that no scoring function here expresses.
-    """
-    name = type(routing_method).__name__
-    scoring = _SCORING.get(name)
-    if scoring is None:
-        why = _REFUSED.get(name, "it is not known")
-        raise ValueError(f"{name}: not supported, {why}; supported are {', '.join(sorted(_SCORING))}")
-    if not name.startswith(("DeepSeek", "Deepseek")):
-        return RouterSpec(num_experts, int(routing_method.experts_per_token), scoring)
-    groups = getattr(routing_method, "routing_impl", None)
-    if groups is None:
-        raise ValueError(f"{name}: not supported before TensorRT-LLM 1.0, it does not say its groups")
-    return RouterSpec(
-        num_experts, groups.top_k, scoring, groups.n_group, groups.topk_group, groups.routed_scaling_factor
-    )
-
-
-class _Layer:
-    """One MoE layer's routing under XShare."""
-
-    def __init__(
-        self,
-        routing_method: Any,
-        num_experts: int,
-        config: XShareConfig,
-        expert_gpu: Tensor | None,
-        group: Any,
-    ) -> None:
-        self.method = routing_method
-        self.spec = router_spec(routing_method, num_experts)
-        config.check(self.spec)
-        self.config, self.expert_gpu, self.group = config, expert_gpu, group
-        self.is_off = config.is_off(self.spec)
-        self._step_rows: int | None = None  # of the forward pass under way
-        self._first_row = 0
-
-    @contextmanager
-    def forward(self, num_rows: int) -> Iterator[None]:
-        """The layer's forward pass over `num_rows` rows: what is routed in it follows on one another."""
-        self._step_rows = num_rows
-        try:
-            yield
-        finally:
-            self._step_rows, self._first_row = None, 0
-
-    def route(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids int32 [T, k] and weights fp32 [T, k] of the next T rows."""
-        arguments = self._arguments(router_logits)
-        if self.group is None:
-            routing = route(router_logits, self.spec, self.config, **arguments)
-        else:
-            from xshare_trtllm import distributed
-
-            routing = distributed.route(
-                router_logits, self.spec, self.config, group=self.group, whole_batch_stats=False, **arguments
-            )
-        return routing.expert_ids, routing.expert_weights
-
-    def mask(self, router_logits: Tensor) -> Tensor:
-        """The logits of the whole step, `-inf` where a row may not go."""
-        if self.is_off:
-            return router_logits
-        return mask_logits(router_logits, self.spec, self.config, **self._arguments(router_logits))
-
-    def _arguments(self, router_logits: Tensor) -> dict[str, Any]:
-        first, count = self._first_row, len(router_logits)
-        if self._step_rows is not None:
-            self._first_row += count
-        bias = self.method.e_score_correction_bias if self.spec.scoring == "sigmoid_bias" else None
-        arguments = {"correction_bias": bias, "expert_gpu": self.expert_gpu}
-        rows = rows_of_this_step()
-        if rows is None:
-            return arguments
-        if self._step_rows is not None and self._step_rows < rows.num_rows:  # the model left rows out: which?
-            exempt = torch.ones(count, dtype=torch.bool, device=router_logits.device)
-            return arguments | {"exempt": exempt, "request_ids": torch.zeros_like(exempt, dtype=torch.int32)}
-        return arguments | rows.slice(first, count)
-
-
-class XShareMoeRoutingMethod:
-    """A routing method of TensorRT-LLM that routes by XShare.
-
-    An instance is also one of the wrapped method's class and shares its state, so that `experts_per_token`,
-    `routing_method_type`, `top_k`, parameters and every isinstance check are the wrapped method's.
-
-    wrapped      a BaseMoeRoutingMethod
-    num_experts  routed experts of the layer
-    config       of this layer (`XShareConfig.for_layer`)
-    expert_gpu   [E] int32 on the model's device, for `gpu_budget`
-    group        torch.distributed ranks that the rows of a step are spread over (attention data parallelism)
-
-    Raises ValueError where the method or the configuration does not fit.
-    """
-
-    wrapped: Any
-    layer: _Layer
-
-    def __new__(cls, wrapped: Any, *_: Any, **__: Any) -> XShareMoeRoutingMethod:
-        kind = type(cls.__name__, (cls, type(wrapped)), {})
-        made: XShareMoeRoutingMethod = object.__new__(kind)
-        return made
-
-    def __init__(
-        self,
-        wrapped: Any,
-        num_experts: int,
-        config: XShareConfig,
-        *,
-        expert_gpu: Tensor | None = None,
-        group: Any = None,
-    ) -> None:
-        layer = _Layer(wrapped, num_experts, config, expert_gpu, group)
-        # Not through nn.Module: `wrapped` is no child, or its parameters would be found twice.
-        vars(self).update(vars(wrapped), wrapped=wrapped, layer=layer)
-
-    def apply(self, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """token_selected_experts int32 [T, k] and token_final_scales [T, k] (fp32, or what the wrapped method
-        gives) of router_logits [T, E]."""
-        if self.layer.is_off:
-            own: tuple[Tensor, Tensor] = self.wrapped.apply(router_logits, *args, **kwargs)
-            return own
-        ids, weights = self.layer.route(router_logits)
-        return ids, weights.to(getattr(self.wrapped, "output_dtype", torch.float32))
-
-    @property
-    def requires_separated_routing(self) -> bool:
-        """Asks TRTLLM-gen (where the version looks for it) to call `apply` instead of routing by itself."""
-        return True
-
+from xshare_trtllm.config import XShareConfig
+from xshare_trtllm.trtllm.dial import Dial
+from xshare_trtllm.trtllm.torch_routing import LayerRouting, XShareMoeRoutingMethod
+from xshare_trtllm.trtllm.torch_rows import MetadataWatch
+from xshare_trtllm.trtllm.torch_support import Plan, layer_plan
 
 # ---- MoE layers --------------------------------------------------------------------------------------------
 
-_CALLS_APPLY = ("CuteDslFusedMoE", "CutlassFusedMoE", "DeepGemmFusedMoE", "VanillaMoE", "WideEPMoE")
-_BACKENDS = (*_CALLS_APPLY, "TRTLLMGenFusedMoE", "TritonFusedMoE")
+
+class _Found(NamedTuple):
+    """One MoE layer of a model. modules: the layer, then the back end inside it, if it has one; block: the
+    module of the model that holds it."""
+
+    modules: list[nn.Module]
+    block: nn.Module | None
 
 
-def _masks_logits(moe: Any) -> bool:
-    """Whether the layer's backend has to be handed masked logits, because it routes inside its kernel.
+def _moe_layers(model: nn.Module) -> list[_Found]:
+    """The MoE layers in order, without those that draft.
 
-    Raises ValueError for a backend that is not known, and where masked logits would not give this routing.
+    A block of the model may hold a routing method too (gpt-oss): a MoE module knows its expert parallelism.
     """
-    backend, method = type(getattr(moe, "backend", moe)).__name__, type(moe.routing_method).__name__
-    spread = moe.use_dp and moe.parallel_size > 1
-    if backend in _CALLS_APPLY:
-        return False
-    if backend == "TRTLLMGenFusedMoE":
-        if spread or hasattr(moe.routing_method, "requires_separated_routing"):
-            return False
-    elif backend != "TritonFusedMoE":
-        raise ValueError(f"MoE backend {backend}: not supported; supported are {', '.join(_BACKENDS)}")
-    elif spread:
-        raise ValueError("TritonFusedMoE with attention data parallelism: not supported, use CUTLASS")
-    if method not in _RENORMALIZING:
-        raise ValueError(
-            f"{backend} routes inside its kernel, where masked logits would not do for {method}: set "
-            "moe_config.backend to CUTLASS or DEEPGEMM"
-        )
-    return True
-
-
-def _moe_layers(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules of each MoE layer in order: the layer first, then the backend inside it, if it has one.
-
-    Layers for draft tokens behind the model's last (multi-token prediction) keep their own routing.
-    """
-    end = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    layers: list[list[nn.Module]] = []
-    outermost = ""
-    for name, module in model.named_modules():
-        if "routing_method" not in module._modules or not hasattr(module, "num_experts"):
+    by_name = dict(model.named_modules())
+    found: dict[str, _Found] = {}
+    outermost = "."
+    for name, module in by_name.items():
+        if "routing_method" not in module._modules or not hasattr(module, "ep_size"):
             continue
-        if layers and name.startswith(outermost):
-            layers[-1].append(module)
-        else:
-            layers.append([module])
-            outermost = name + "."
-    decoder = [modules for modules in layers if end is None or (_index(modules[0]) or 0) < end]
-    if not decoder:
+        if name.startswith(outermost):
+            found[outermost].modules.append(module)
+            continue
+        outermost = name + "."
+        found[outermost] = _Found([module], by_name.get(name.rpartition(".")[0]))
+    end = _num_hidden_layers(model)
+    layers = [layer for name, layer in found.items() if not _drafts(name, layer.modules[0], end)]
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer with a routing_method")
-    return decoder
+    return layers
 
 
-def _index(moe: nn.Module) -> int | None:
-    index: int | None = getattr(moe, "layer_idx", None)
-    return index
+def _num_hidden_layers(model: nn.Module) -> int | None:
+    """Of the model, or of the language model inside it."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None), getattr(config, "llm_config", None)):
+        number = getattr(part, "num_hidden_layers", None)
+        if isinstance(number, int):
+            return number
+    return None
 
 
-def _expert_gpu(moe: Any, config: XShareConfig) -> Tensor | None:
-    """[E] int32: the expert-parallel rank of each expert, where a budget per GPU asks for it."""
-    if config.gpu_budget is None:
-        return None
+def _drafts(name: str, moe: nn.Module, num_hidden_layers: int | None) -> bool:
+    """A layer behind the model's last (multi-token prediction), or of a draft model inside the model (Eagle3,
+    `SpecDecOneEngineForCausalLM.draft_model`)."""
+    index = getattr(moe, "layer_idx", None)
+    is_behind = num_hidden_layers is not None and index is not None and index >= num_hidden_layers
+    return is_behind or "draft_model" in name.split(".")
+
+
+def _expert_gpu(moe: Any, config: XShareConfig, has_dial: bool) -> Tensor | None:
+    """[E] int32: the expert-parallel rank of each expert, where `gpu_budget` or a coverage asks for it."""
     experts, ranks = moe.num_experts, moe.ep_size
     moves = getattr(moe, "layer_load_balancer", None) is not None
+    is_known = not moves and getattr(moe, "num_slots", experts) == experts and experts % ranks == 0
+    may_cover = config.coverage is not None or has_dial
+    if config.gpu_budget is None and not (may_cover and ranks > 1 and is_known):
+        return None
     if moves or getattr(moe, "num_slots", experts) != experts:
         raise ValueError(
             f"XShareConfig(gpu_budget={config.gpu_budget}): the expert load balancer moves experts between "
@@ -267,12 +111,24 @@ def _device(module: nn.Module) -> torch.device:
 class _EnabledLayer:
     """One MoE layer with XShare in it."""
 
-    def __init__(self, modules: list[nn.Module], config: XShareConfig, group: Any) -> None:
+    def __init__(
+        self, modules: list[nn.Module], plan: Plan, config: XShareConfig, group: Any, has_dial: bool
+    ) -> None:
         moe: Any = modules[0]
-        self._modules, self._masks = modules, _masks_logits(moe)
+        self.plan = plan
+        self._modules, self._masks = modules, plan.masks
         self._method: Any = XShareMoeRoutingMethod(
-            moe.routing_method, moe.num_experts, config, expert_gpu=_expert_gpu(moe, config), group=group
+            moe.routing_method,
+            moe.num_experts,
+            config,
+            expert_gpu=_expert_gpu(moe, config, has_dial),
+            group=group,
         )
+
+    @property
+    def routing(self) -> LayerRouting:
+        made: LayerRouting = self._method.layer
+        return made
 
     def install(self) -> None:
         moe, name = self._modules[0], _forward_name(self._modules[0])
@@ -282,12 +138,12 @@ class _EnabledLayer:
             return
         for module in self._modules:
             module.routing_method = self._method
-            if hasattr(module, _SHORTCUT):
-                setattr(module, _SHORTCUT, lambda *_, **__: None)  # None = not taken
+            for shortcut in _SHORTCUTS:
+                if hasattr(module, shortcut):
+                    setattr(module, shortcut, lambda *_, **__: None)  # None = not taken
 
     def _forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        layer: _Layer = self._method.layer
-        masks = self._masks
+        layer, masks = self.routing, self._masks
 
         @wraps(own)
         def forward(x: Any, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -307,11 +163,12 @@ class _EnabledLayer:
             return
         for module in self._modules:
             module.routing_method = self._method.wrapped
-            vars(module).pop(_SHORTCUT, None)
+            for shortcut in _SHORTCUTS:
+                vars(module).pop(shortcut, None)
 
 
-# A kernel that routes past `apply`, for one model (fused_moe_trtllm_gen.py, after 1.2).
-_SHORTCUT = "try_fused_kimi_route_quant"
+# A kernel that routes past `apply`: for one model after 1.2, of every back end since August 2026.
+_SHORTCUTS = ("try_fused_kimi_route_quant", "try_fused_route_quant")
 
 
 def _forward_name(moe: nn.Module) -> str:
@@ -324,6 +181,7 @@ def _has_xshare(moe: nn.Module) -> bool:
 
 
 _watch = MetadataWatch()
+_T = TypeVar("_T")
 
 # ---- Models ------------------------------------------------------------------------------------------------
 
@@ -332,7 +190,7 @@ def enable(llm_or_model: Any, config: XShareConfig) -> Enabled:
     """Puts XShare into every MoE layer of a loaded model, until `disable()` or the end of a `with`.
 
     llm_or_model  a model of the PyTorch backend (torch.nn.Module), or an idle LLM whose model is in this
-                  process. An LLM whose workers are other processes needs `write_options`, before it starts
+                  process. An LLM whose workers are other processes needs `use`, before it starts
     config        budgets per layer count the MoE layers of the model, without layers for draft tokens
 
     Prefill rows keep their own routing, rows that pad a CUDA graph's batch activate nothing. With attention
@@ -346,32 +204,55 @@ def enable(llm_or_model: Any, config: XShareConfig) -> Enabled:
 
 
 class Enabled:
-    """XShare in one model."""
+    """XShare in one model.
 
-    def __init__(self, llm_or_model: Any, config: XShareConfig) -> None:
+    has_dial  its coverage and budgets can be turned while graphs that were captured with it are replayed
+    """
+
+    def __init__(self, llm_or_model: Any, config: XShareConfig, *, has_dial: bool = False) -> None:
         engine, model = _find_model(llm_or_model)
         found = _moe_layers(model)
-        if any(_has_xshare(moe) for moe, *_ in found):
+        if any(_has_xshare(layer.modules[0]) for layer in found):
             raise ValueError("enable: the model has XShare already; disable() it first")
-        first: Any = found[0][0]
+        first: Any = found[0].modules[0]
         mapping = getattr(first, "mapping", None)
         _check_budgets(config, len(found), mapping)
-        if _device(first).type == "cuda" and not ops.cuda_available():
+        self._device = _device(first)
+        if self._device.type == "cuda" and not ops.cuda_available():
             raise RuntimeError(f"XShare: libxshare_cuda.so {ops.HOW_TO_BUILD_CUDA}")
-        group = _attention_dp_group(mapping)
-        self._layers = []
-        for index, modules in enumerate(found):
-            try:
-                self._layers.append(_EnabledLayer(modules, config.for_layer(index), group))
-            except ValueError as error:
-                raise ValueError(f"MoE layer {index}: {error}") from error
-        for layer in self._layers:
-            layer.install()
-        _watch.start()
+        self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
+        group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
+        self._layers: list[_EnabledLayer] = [
+            _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group, has_dial)
+            for i, (layer, plan) in enumerate(zip(found, self._plans, strict=True))
+        ]
+        _watch.start()  # before anything is patched: this version may not have what it needs
+        for enabled in self._layers:
+            enabled.install()
+        self.dial = (
+            Dial([layer.routing for layer in self._layers], self._device)
+            if has_dial and group is None
+            else None
+        )
+        self.counters = self._count()
         self._is_enabled = True
         release = getattr(engine, "_release_cuda_graphs", None)
         if release is not None:  # what was captured before knows nothing of XShare
             release()
+
+    def _count(self) -> Tensor:
+        """[layers that are not off, 8] int64 on the model's device: what the layers count in."""
+        counting = [layer.routing for layer in self._layers if not layer.routing.is_off]
+        with torch.inference_mode(False):  # or they could only be written to in inference mode
+            counters = torch.zeros(len(counting), ops.NUM_STATS, dtype=torch.int64, device=self._device)
+        for routing, row in zip(counting, counters, strict=True):
+            routing.counters = row
+        return counters
+
+    def backends(self) -> dict[str, int]:
+        """How many of the layers each back end computes, and those that are handed masked logits."""
+        names = [f"{p.backend}{' (masked logits)' if p.masks else ''}" for p in self._plans]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def disable(self) -> None:
         """Gives the model its own routing back; harmless when repeated. CUDA graphs captured in between keep
@@ -395,6 +276,14 @@ class Enabled:
         self.disable()
 
 
+def _named(index: int, function: Callable[..., _T], *arguments: Any) -> _T:
+    """What `function` returns; its refusals name the layer."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"MoE layer {index}: {error}") from error
+
+
 def _find_model(llm_or_model: Any) -> tuple[Any, nn.Module]:
     """The model engine, if one is known, and the model."""
     if isinstance(llm_or_model, nn.Module):
@@ -404,13 +293,13 @@ def _find_model(llm_or_model: Any) -> tuple[Any, nn.Module]:
     if isinstance(getattr(engine, "model", None), nn.Module):
         return engine, engine.model
     raise ValueError(
-        f"enable({type(llm_or_model).__name__}): its model is not in this process; use write_options(path, "
-        "config) and import that folder before the LLM starts"
+        f"enable({type(llm_or_model).__name__}): its model is not in this process; call use(config_path) "
+        "before the LLM is made"
     )
 
 
 def _check_budgets(config: XShareConfig, num_layers: int, mapping: Any) -> None:
-    if isinstance(config.budget, int):
+    if not isinstance(config.budget, tuple):
         return
     if getattr(mapping, "pp_size", 1) > 1:
         raise ValueError(
@@ -447,104 +336,3 @@ def _init_process_group(mapping: Any) -> None:
     address = import_module("tensorrt_llm._utils").mpi_comm().bcast(address, root=0)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=address, rank=mapping.rank, world_size=mapping.world_size)
-
-
-# ---- Worker processes --------------------------------------------------------------------------------------
-
-
-def enable_when_loaded(config: XShareConfig) -> None:
-    """From now on, puts XShare into every model that TensorRT-LLM loads in this process, before it is warmed
-    up and its CUDA graphs are captured. Draft models keep their own routing.
-
-    Raises ValueError where another configuration is waiting already.
-    """
-    engine = import_module("tensorrt_llm._torch.pyexecutor.model_engine").PyTorchModelEngine
-    logger = import_module("tensorrt_llm.logger").logger
-    own = engine.__init__
-    waiting = getattr(own, "xshare_config", None)
-    if waiting is not None:
-        if waiting != config:
-            raise ValueError(f"enable_when_loaded: {waiting} is waiting already, {config} cannot too")
-        return
-
-    @wraps(own)
-    def load_and_enable(self: Any, *args: Any, **kwargs: Any) -> None:
-        own(self, *args, **kwargs)
-        if not getattr(self, "is_draft_model", False):
-            self.xshare = enable(self.model, config)
-            logger.info(f"XShare: {len(self.xshare)} MoE layers, {config.to_dict()}")
-
-    load_and_enable.xshare_config = config  # type: ignore[attr-defined]
-    engine.__init__ = load_and_enable
-
-
-_INIT = '''"""XShare for TensorRT-LLM's PyTorch backend, as xshare.yaml beside this file says.
-
-    trtllm-serve MODEL --custom_module_dirs FOLDER/{name}
-    trtllm-bench --model MODEL throughput --custom_module_dirs FOLDER/{name}
-    PYTHONPATH=FOLDER python -m {name} trtllm-serve MODEL       where there is no --custom_module_dirs
-
-In Python: import this package before tensorrt_llm.LLM is made.
-"""
-
-from pathlib import Path
-
-from tensorrt_llm._torch.models.modeling_utils import register_auto_model
-
-from xshare_trtllm.config import XShareConfig
-from xshare_trtllm.trtllm import enable_when_loaded
-
-enable_when_loaded(XShareConfig.from_yaml(Path(__file__).with_name("xshare.yaml")))
-
-
-@register_auto_model("XShareHook")
-class XShareHook:
-    """No model: TensorRT-LLM imports the module of every registered class in all of its worker processes."""
-'''
-
-_MAIN = '''"""`python -m {name} COMMAND [ARGUMENT]...`: a command of TensorRT-LLM, with XShare."""
-
-from xshare_trtllm.trtllm import run_console_script
-
-if __name__ == "__main__":
-    run_console_script()
-'''
-
-
-def write_options(path: str | Path, config: XShareConfig) -> list[str]:
-    """Writes a folder that takes `config` into every process of trtllm-serve, trtllm-bench or LLM(...).
-
-    The folder is a Python package (`xshare.yaml` with the configuration, and a few lines that read it), for
-    TensorRT-LLM's own way of importing code: `--custom_module_dirs FOLDER`. It registers a class, and the
-    modules of registered classes are imported in every worker. Where the workers are started by mpirun or
-    trtllm-llmapi-launch, the folder's parent has to be on PYTHONPATH.
-
-    Returns the arguments for the command line: ["--custom_module_dirs", FOLDER].
-
-    Raises ValueError for a folder whose name cannot be imported.
-    """
-    folder = Path(path).resolve()
-    if not folder.name.isidentifier():
-        raise ValueError(f"write_options({str(path)!r}): the folder's name must be a Python identifier")
-    files = {
-        "xshare.yaml": config.to_yaml(),
-        "__main__.py": _MAIN.format(name=folder.name),
-        "__init__.py": _INIT.format(name=folder.name),
-    }
-    for file, text in files.items():
-        with write_aside(folder / file) as aside:
-            aside.write_text(text, encoding="utf-8")
-    return ["--custom_module_dirs", str(folder)]
-
-
-def run_console_script() -> None:
-    """Runs the console script that the first command-line argument names, with the rest of the arguments."""
-    from importlib.metadata import entry_points
-
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m FOLDER COMMAND [ARGUMENT]..., for example trtllm-serve MODEL")
-    sys.argv = sys.argv[1:]
-    found = list(entry_points(group="console_scripts", name=sys.argv[0]))
-    if not found:
-        raise SystemExit(f"{sys.argv[0]}: no such command in this Python environment")
-    sys.exit(found[0].load()())

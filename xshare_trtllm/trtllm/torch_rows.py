@@ -5,11 +5,12 @@ every step, also before the replay of a CUDA graph, where no Python of the model
 device tensors per metadata object are filled. Their addresses stay, and a captured graph reads the values of
 the step that it is replayed for.
 
-What the metadata says (TensorRT-LLM, tensorrt_llm/_torch/attention_backend/interface.py and
-pyexecutor/model_engine.py): rows are packed, prefill first; `seq_lens` has the rows of each sequence,
-`request_ids` its request, and the first `num_contexts` are prefill. Verification of draft tokens may count as
-prefill and then comes last there (`num_chunked_ctx_requests`). A batch that is padded to the size of a CUDA
-graph ends in a dummy request, repeated (pyexecutor/cuda_graph_runner.py).
+What the metadata says (TensorRT-LLM, tensorrt_llm/_torch/attention_backend/interface.py, since August 2026
+_torch/attention/backends/interface.py, and pyexecutor/model_engine.py): rows are packed, prefill first;
+`seq_lens` has the rows of each sequence, `request_ids` its request, and the first `num_contexts` are prefill.
+Verification of draft tokens may count as prefill and then comes last there (`num_chunked_ctx_requests`). A
+batch that is padded to the size of a CUDA graph ends in a dummy request, repeated
+(pyexecutor/cuda_graph_runner.py).
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class StepRows:
     request_ids  int32 [capacity], the place of the row's request in the batch; -1 = padding
     exempt       bool [capacity], prefill
     num_rows     rows of the step; behind them everything is padding
+    has_real     whether one of them is not padding
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # or they could only be written to in inference mode
             self.request_ids = torch.full((capacity,), -1, dtype=torch.int32, device=device)
             self.exempt = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.num_rows = 0
+        self.num_rows, self.has_real = 0, False
 
     def update(self, metadata: Any) -> None:
         """From the metadata of the step to come. Enqueues two copies and waits for nothing."""
@@ -50,6 +52,7 @@ class StepRows:
         drafts = getattr(metadata, "num_chunked_ctx_requests", 0)
         prefill_rows = int(lengths[: metadata.num_contexts - drafts].sum())
         self.num_rows, capacity = len(per_row), len(self.request_ids)
+        self.has_real = bool((per_row >= 0).any())
         if self.num_rows > capacity:
             raise ValueError(f"XShare: {self.num_rows} rows in a step, more than max_num_tokens={capacity}")
         # Fresh host memory for every step: the copies of an earlier one may still be waiting for the device.
@@ -95,8 +98,8 @@ def rows_of_this_step() -> StepRows | None:
     rows = None if metadata is None else _attached_rows(metadata)
     if rows is None:
         raise RuntimeError(
-            "XShare: the attention metadata of this step was not prepared by AttentionMetadata.prepare(), "
-            "this version or mode of TensorRT-LLM is not supported"
+            "XShare: the attention metadata of this step was not prepared by AttentionMetadata.prepare() "
+            "with a KV cache, this version or mode of TensorRT-LLM is not supported"
         )
     return rows
 
@@ -106,14 +109,44 @@ def _attached_rows(metadata: Any) -> StepRows | None:
     return rows if owner is not None and owner() is metadata else None  # a copy of the metadata has them too
 
 
-def _note_rows(metadata: Any) -> None:
-    if metadata.seq_lens is None:
-        return
+def _note_rows(metadata: Any) -> bool:
+    """Whether the metadata is that of a step of the model with rows that count."""
+    if metadata.seq_lens is None or metadata.kv_cache_manager is None:
+        return False  # a vision tower prepares metadata of its own, without a KV cache and of another size
     rows = _attached_rows(metadata)
     if rows is None:
         rows = StepRows(metadata.max_num_tokens, metadata.seq_lens_cuda.device)
         vars(metadata)["xshare_rows"] = (rows, weakref.ref(metadata))
     rows.update(metadata)
+    return rows.has_real
+
+
+METADATA_MODULES = (
+    "tensorrt_llm._torch.attention.backends.interface",  # since August 2026
+    "tensorrt_llm._torch.attention_backend.interface",
+)
+
+
+def attention_metadata_class() -> Any:
+    """`AttentionMetadata`, from either of its homes. Raises RuntimeError where it is in neither."""
+    for name in METADATA_MODULES:
+        try:
+            return import_module(name).AttentionMetadata
+        except ModuleNotFoundError as error:
+            if not name.startswith(str(error.name)):  # it is there, and misses something
+                raise
+    raise RuntimeError(
+        f"XShare: this version of TensorRT-LLM has AttentionMetadata in none of {', '.join(METADATA_MODULES)}"
+    )
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+def after_prepare(listener: Callable[[], None]) -> None:
+    """Calls `listener` before every step from now on that has rows other than padding, in the thread that
+    makes it, after its rows were noted."""
+    _listeners.append(listener)
 
 
 class MetadataWatch:
@@ -124,10 +157,11 @@ class MetadataWatch:
         self._own: list[tuple[Any, Callable[..., Any]]] = []
 
     def start(self) -> None:
-        self._starts += 1
-        if self._starts > 1:
+        if self._starts:
+            self._starts += 1
             return
-        base = import_module("tensorrt_llm._torch.attention_backend.interface").AttentionMetadata
+        base = attention_metadata_class()
+        self._starts = 1
         for kind in _family(base):
             prepare = vars(kind).get("prepare")
             if prepare is not None:
@@ -145,7 +179,9 @@ def _noting(prepare: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(prepare)
     def prepare_and_note(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = prepare(self, *args, **kwargs)
-        _note_rows(self)
+        if _note_rows(self):
+            for listener in _listeners:
+                listener()
         return result
 
     return prepare_and_note

@@ -47,8 +47,23 @@ typedef enum xshare_scoring {
 typedef enum xshare_utility {
     XSHARE_SQUARED_WEIGHT = 0,  // the square of the weight, before scaling, that the model gives it in the
                                 // row's own top-k
-    XSHARE_AFFINITY = 1  // the router's score of every expert (the paper's)
+    XSHARE_AFFINITY = 1         // the router's score of every expert (the paper's)
 } xshare_utility;
+
+typedef enum xshare_mode {
+    XSHARE_ON = 0,
+    XSHARE_SHADOW = 1,  // the model's own routing, with the statistics that XSHARE_ON would have
+    XSHARE_OFF = 2      // the model's own routing
+} xshare_mode;
+
+// What may change while a server runs. It is in the memory that the tensors are in, and a captured CUDA graph
+// reads it anew on every replay; written between two calls. What it holds is not refused: a budget below
+// top_k counts as top_k, a coverage that is negative or not a number as off, one above 1 as 1.
+typedef struct xshare_dial {
+    double coverage;  // in place of that of the parameters
+    int32_t budget;   // in place of that of the parameters
+    int32_t mode;     // xshare_mode
+} xshare_dial;
 
 // What to route and under which budgets. Set all of it to zero, then struct_size =
 // sizeof(xshare_route_params).
@@ -91,6 +106,7 @@ typedef struct xshare_route_tensors {
     float* step_bias;              // out [E], correction_bias inside S, mask_value outside: a bias is one for
                                    // all rows, so a step with a real exempt row stands aside. Only with
                                    // XSHARE_SIGMOID_BIAS, one group and a warm-up
+    const xshare_dial* dial;       // NULL = the parameters', XSHARE_ON
 } xshare_route_tensors;
 
 // Places in `stats`. Kept and total utility are sums of round(d * 2^20), 0 where XShare stood aside.

@@ -39,7 +39,7 @@ class Plugin:
 
 
 class Creator:
-    name, plugin_version, plugin_namespace = "XShareRouting", "1", "xshare"
+    name, plugin_version, plugin_namespace = "XShareRouting", "2", "xshare"
 
     def create_plugin(
         self, name: str, field_collection: PluginFieldCollection, phase: TensorRTPhase
@@ -56,7 +56,7 @@ class Registry:
 
     def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> Creator | None:
         wanted = (type, version, plugin_namespace)
-        return self.creator if wanted == ("XShareRouting", "1", "xshare") else None
+        return self.creator if wanted == ("XShareRouting", "2", "xshare") else None
 
     def load_library(self, plugin_path: str) -> object | None:
         if self.creator is not None or not Path(plugin_path).is_file():
@@ -115,8 +115,8 @@ def _arguments(fields: dict[str, Any]) -> tuple[RouterSpec, XShareConfig]:
         fields["top_k_groups"],
         fields["routed_scaling_factor"],
     )
-    options = {name: fields.get(name) for name in ("request_budget", "gpu_budget", "max_rows")}
-    return spec, XShareConfig(fields["budget"], fields["warmup"], **options)
+    names = ("budget", "warmup", "request_budget", "gpu_budget", "max_rows", "coverage", "utility")
+    return spec, XShareConfig(**{name: fields[name] for name in names if name in fields})
 
 
 def _value(field: Any) -> Any:

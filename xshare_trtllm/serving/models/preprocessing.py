@@ -16,15 +16,12 @@ _UNSUPPORTED = ("DECODER_QUERY", "EMBEDDING_BIAS_WORDS", "EMBEDDING_BIAS_WEIGHTS
 
 
 class TritonPythonModel:
-    """Parameters: `tokenizer_dir`, `add_special_tokens`, `first_id` (a token that every prompt begins with),
-    `end_id`, `pad_id` (where the request has none; -1 = none) and `max_input_bytes` (longer prompts are
-    refused before they cost time)."""
+    """Parameters: `tokenizer_dir`, `end_id`, `pad_id` (where the request has none; -1 = none) and
+    `max_input_bytes` (longer prompts are refused before they cost time)."""
 
     def initialize(self, args: dict[str, str]) -> None:
         given = parameters(args)
         self.tokenizer = load_tokenizer(Path(given["tokenizer_dir"]))
-        self.add_special_tokens = given["add_special_tokens"] == "true"
-        self.first_ids = [int(given["first_id"])] if int(given["first_id"]) >= 0 else []
         self.ids = {"END_ID": int(given["end_id"]), "PAD_ID": int(given["pad_id"])}
         self.max_input_bytes = int(given["max_input_bytes"])
 
@@ -48,7 +45,7 @@ class TritonPythonModel:
         prompt = text("text_input", query)
         if not prompt:
             raise ValueError("text_input: is empty")
-        ids = self.first_ids + self.tokenizer.encode(prompt, add_special_tokens=self.add_special_tokens).ids
+        ids = self.tokenizer.encode(prompt).ids
         return {
             "INPUT_ID": np.array([ids], dtype=np.int32),
             "REQUEST_INPUT_LEN": np.array([[len(ids)]], dtype=np.int32),
@@ -65,8 +62,10 @@ class TritonPythonModel:
         ids: list[int] = []
         ends: list[int] = []
         for word in [] if words is None else words.reshape(-1):
-            ids += self.tokenizer.encode(text(name, word), add_special_tokens=False).ids
-            ends.append(len(ids))
+            tokens = self.tokenizer.encode(text(name, word), add_special_tokens=False).ids
+            if tokens:  # an empty word would end where the one before it does: a stop at once
+                ids += tokens
+                ends.append(len(ids))
         length = max(len(ids), len(ends), 1)
         ids += [0] * (length - len(ids))
         ends += [-1] * (length - len(ends))

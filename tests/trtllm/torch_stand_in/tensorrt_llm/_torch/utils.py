@@ -1,12 +1,23 @@
-"""tensorrt_llm/_torch/utils.py: the attributes of the model call under way, per thread."""
+"""tensorrt_llm/_torch/utils.py: the attributes of the model call under way, per thread. SINGLE is a Mapping
+(tensorrt_llm/mapping.py) of one rank."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+SINGLE = SimpleNamespace(
+    enable_attention_dp=False,
+    tp_size=1,
+    tp_group=[0],
+    pp_size=1,
+    rank=0,
+    world_size=1,
+    moe_ep_size=1,
+)
 _current = threading.local()
 
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tensorrt_llm._torch.attention_backend.interface import TrtllmAttentionMetadata
+try:  # since August 2026
+    from tensorrt_llm._torch.attention.backends.interface import TrtllmAttentionMetadata
+except ModuleNotFoundError:
+    from tensorrt_llm._torch.attention_backend.interface import TrtllmAttentionMetadata
 from tensorrt_llm._torch.utils import get_model_extra_attrs, model_extra_attrs
 
 CUDA_GRAPH_DUMMY_REQUEST_ID = (1 << 64) - 1
@@ -41,8 +44,10 @@ class PyTorchModelEngine:
     def __init__(
         self, *, model_path: str = "", model: nn.Module, mapping: Any = None, is_draft_model: bool = False
     ) -> None:
-        self.model, self.is_draft_model = model, is_draft_model
-        self.attn_metadata = TrtllmAttentionMetadata(max_num_requests=64, max_num_tokens=64, mapping=mapping)
+        self.model, self.is_draft_model, self.mapping = model, is_draft_model, mapping
+        self.attn_metadata = TrtllmAttentionMetadata(
+            max_num_requests=64, max_num_tokens=64, mapping=mapping, kv_cache_manager=object()
+        )
         self.graphs: dict[int, tuple[Any, Any, Tensor]] = {}
 
     def _release_cuda_graphs(self) -> None:
@@ -88,3 +93,21 @@ class PyTorchModelEngine:
         attrs["attention_metadata"] = weakref.ref(kwargs["attn_metadata"])
         output: Tensor = self.model.forward(**kwargs)
         return output
+
+
+def make_model(mapping: Any) -> Model:
+    """What a worker loads: one MoE layer of 32 experts, 4 per token."""
+    from importlib import import_module
+
+    try:  # since August 2026
+        home = "tensorrt_llm._torch.moe.fused_moe"
+        method = import_module(f"{home}.routing").RenormalizeMoeRoutingMethod(4)
+        moe = import_module(f"{home}.moe")
+        options = {"routing_method": method, "num_experts": 32, "mapping": mapping}
+        layer = moe.ConfigurableMoE(moe.TrtllmCutlassUnquantizedImpl, **options)
+    except ModuleNotFoundError:
+        home = "tensorrt_llm._torch.modules.fused_moe"
+        method = import_module(f"{home}.routing").RenormalizeMoeRoutingMethod(4)
+        options = {"routing_method": method, "num_experts": 32, "mapping": mapping}
+        layer = import_module(f"{home}.moe").CutlassFusedMoE(**options)
+    return Model(layer)

@@ -11,23 +11,13 @@ Experts multiply a row by a number of their own, so that a wrong id or weight is
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensorrt_llm._torch.modules.fused_moe.routing import DeepSeekV3MoeRoutingMethod
-
-SINGLE = SimpleNamespace(
-    enable_attention_dp=False,
-    tp_size=1,
-    tp_group=[0],
-    pp_size=1,
-    rank=0,
-    world_size=1,
-    moe_ep_size=1,
-)
+from tensorrt_llm._torch.utils import SINGLE
 
 
 class MoE(nn.Module):

@@ -1,0 +1,127 @@
+"""The supervisor, with a stand-in for tritonserver: restarts, their limit, and what a signal does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from triton_client import free_ports
+
+SERVER = """
+import http.server, json, os, sys, threading
+started = open("starts", "a"); started.write(os.environ["XSHARE_RESTARTS"] + "\\n"); started.close()
+open("arguments", "w").write("\\n".join(sys.argv[1:]))
+states = {"a": "READY", "b": "READY"}
+class Handler(http.server.BaseHTTPRequestHandler):
+    def reply(self, status, body=b"[]"):
+        self.send_response(status); self.send_header("Content-Length", str(len(body)))
+        self.end_headers(); self.wfile.write(body)
+    def do_GET(self):
+        self.reply(200 if set(states.values()) == {"READY"} and not os.path.exists("broken") else 400)
+    def do_POST(self):
+        assert self.headers["xshare-supervisor"] in " ".join(sys.argv)
+        name = self.path.split("/")[-2]
+        if self.path.endswith("unload"):
+            open("unloads", "a").write(name + "\\n")
+            states[name] = "UNLOADING"
+            done = lambda: states.update({name: "UNAVAILABLE"})
+            if not os.path.exists("endless"):
+                threading.Timer(0.3, done).start()
+        self.reply(200, json.dumps([{"name": n, "state": s} for n, s in states.items()]).encode())
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+class Supervised:
+    """A supervisor in a folder of its own, and what the stand-in has written there."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder = folder
+        (folder / "server.py").write_text(SERVER)
+        [port] = free_ports(1)
+        command = [
+            sys.executable,
+            "-m",
+            "xshare_trtllm.serving.supervise",
+            f"127.0.0.1:{port}",
+            "a",
+            "b",
+            "--",
+        ]
+        command += [sys.executable, "server.py", str(port), "@control"]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+        )
+
+    def read(self, name: str) -> list[str]:
+        file = self.folder / name
+        return file.read_text().split() if file.exists() else []
+
+    def wait_for_starts(self, count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(self.read("starts")) < count:
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.02)
+        time.sleep(1.0)  # until the supervisor has seen that it is ready
+
+    def server(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def end(self) -> tuple[int, str]:
+        _, said = self.process.communicate(timeout=40)
+        return self.process.returncode, said
+
+
+def test_models_are_unloaded_one_after_the_other_then_it_ends_well(tmp_path: Path) -> None:
+    """The stand-in ends by SIGTERM, without the exit code of a tritonserver that ended by itself."""
+    supervised = Supervised(tmp_path)
+    supervised.wait_for_starts(1)
+    arguments = supervised.read("arguments")
+    assert arguments[1:5] == ["--model-control-mode", "explicit", "--load-model", "*"]
+    assert any(word.startswith("model-repository:xshare-supervisor=") for word in arguments)
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.end()
+    assert supervised.read("unloads") == ["a", "b"] and supervised.read("starts") == ["0"]
+
+
+def test_requests_that_do_not_end_are_cut_off_in_time(tmp_path: Path) -> None:
+    (tmp_path / "endless").touch()
+    supervised = Supervised(tmp_path, DRAIN_SECONDS="0.5")
+    supervised.wait_for_starts(1)
+    supervised.process.send_signal(signal.SIGTERM)
+    code, said = supervised.end()
+    assert code == 1 and "not all requests ended in time" in said
+
+
+def test_a_dead_server_is_started_again_under_a_limit(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path, RESTARTS="1")
+    supervised.wait_for_starts(1)
+    os.kill(supervised.server(), signal.SIGKILL)
+    supervised.wait_for_starts(2)
+    assert supervised.read("starts") == ["0", "1"]
+    os.kill(supervised.server(), signal.SIGKILL)
+    code, said = supervised.end()
+    assert code == 1 and "1 restarts within 600 s did not help" in said
+
+
+def test_a_server_that_is_never_ready_is_not_started_again(tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    supervised = Supervised(tmp_path)
+    supervised.wait_for_starts(1)
+    os.kill(supervised.server(), signal.SIGKILL)
+    code, said = supervised.end()
+    assert code == 1 and "ended before it was ready" in said and supervised.read("starts") == ["0"]
+
+
+@pytest.mark.parametrize("words", [[], ["127.0.0.1:1"], ["127.0.0.1:1", "a", "--"]])
+def test_the_command_says_how_it_is_called(words: list[str]) -> None:
+    command = [sys.executable, "-m", "xshare_trtllm.serving.supervise", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "usage:" in done.stderr

@@ -1,0 +1,5 @@
+"""As _torch/: what is not here is found in torch_stand_in/."""
+
+from pathlib import Path
+
+__path__.append(str(Path(__file__).parents[4] / "torch_stand_in" / "tensorrt_llm" / "_torch" / "models"))
