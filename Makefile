@@ -4,6 +4,7 @@
 PYTHON ?= python3
 unexport PYTHON  # its choice is for .venv; scripts that the tests start have a choice of that name of their own
 TORCH ?= torch==2.13.0
+EDGELLM := tensorrt-edgellm==0.11.0 onnxscript onnx-ir  # TensorRT Edge-LLM's exporter
 BIN := .venv/bin
 NEW_ENOUGH = 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "make demo and make test need Python 3.11 or newer (transformers does), this is %d.%d: make PYTHON=python3.11, after removing .venv where it is there" % sys.version_info[:2])'
 SOURCES = $$(git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
@@ -44,6 +45,7 @@ bench: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,test,tensorrt]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps kernel-lens==2.0.1  # TensorRT's headers
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EDGELLM)  # 200 MB; else its tests are skipped
 	-$(BIN)/python -m xshare_trtllm.serving.install_tritonserver  # x86-64, Python 3.12 at most; else its tests are skipped
 	@touch $@
 

@@ -70,6 +70,8 @@ def all_settings() -> list[Setting]:
     others += [(gpus, BATCH, limit) for gpus, limit in HALF_PEAK.items() if gpus != GPUS]
     for gpus, batch, limit in others:
         settings += [Setting(COVERAGE, XShareConfig(coverage=c), gpus, batch) for c in FEWER_COVERAGES]
+        lowest = XShareConfig(coverage=min(FEWER_COVERAGES), warmup=0)
+        settings.append(Setting(COVERAGE, lowest, gpus, batch))
         settings.append(Setting(NUMBER, XShareConfig(gpu_budget=limit), gpus, batch))
         settings.append(Setting(PAPER, paper(limit, 2), gpus, batch))
     return settings
@@ -264,6 +266,7 @@ def _plot_rules(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 def _plot_batches(axis: Any, rows: list[dict[str, Any]]) -> None:
     names = [f"coverage {c:.2f}" for c in FEWER_COVERAGES]
+    names.append(f"coverage {min(FEWER_COVERAGES):.2f}, no warm-up")
     names.append(f"{HALF_PEAK[GPUS]} per GPU, warm-up 1")
     for name in names:
         points = [r for r in rows if r["rule"] != PAPER and setting_name(r) == name]

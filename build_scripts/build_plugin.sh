@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Builds libxshare_cuda.so and libnvinfer_plugin_xshare.so into xshare_trtllm/lib, where everything looks for them.
 #
-#     build_scripts/build_plugin.sh [sm_80|sm_90a|both]       (default: both)
+#     build_scripts/build_plugin.sh [sm_80|sm_90a|both|edge] [aarch64]       (default: both, for this machine)
+#
+# `edge` is what TensorRT Edge-LLM runs on: Orin (87), Thor (110), DGX Spark (121), RTX (86, 89, 120), A100, B200, B300
+# and PTX for what comes; an architecture alone (sm_110) builds faster. `aarch64` builds libnvinfer_plugin_xshare.so
+# for Jetson, DRIVE and DGX Spark on an x86-64 machine, into build/plugin-<architectures>-aarch64; it needs
+# aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu) and CUDA's libraries for aarch64 in CUDA_AARCH64, the folder
+# with libcudart_static.a and libcudadevrt.a (of the wheel nvidia-cuda-runtime, or targets/sbsa-linux/lib).
 #
 # Needs cmake, a C++17 compiler, nvcc and TensorRT's headers; no GPU. nvcc is taken from CUDACXX, PATH,
 # /usr/local/cuda or the Python packages nvidia-cuda-*; the headers from TENSORRT_ROOT, the system or the Python
@@ -26,12 +32,16 @@ find_nvcc() {
     done
 }
 
+edge=(80 86 87 89 90a 100 103 110 120 121)
 case ${1:-both} in
-    sm_80) architectures=80-real ;;
-    sm_90a) architectures=90a-real ;;
     both) architectures='80-real;90a-real' ;;
-    *) stop "unknown architecture '$1': give sm_80 (A100), sm_90a (H100, H200) or both" ;;
+    edge) architectures="$(printf '%s-real;' "${edge[@]}")120-virtual" ;;
+    sm_*) [[ " ${edge[*]} " == *" ${1#sm_} "* ]] && architectures=${1#sm_}-real ;;
 esac
+[[ -n ${architectures:-} ]] ||
+    stop "unknown architecture '$1': give sm_80 (A100), sm_90a (H100, H200), both, edge or one of ${edge[*]/#/sm_}"
+target=${2:-$HOSTTYPE}
+[[ $target == aarch64 || $target == "$HOSTTYPE" ]] || stop "unknown machine '$target': give aarch64, or none"
 python=$(command -v "${PYTHON:-python3}") || stop "no Python: set PYTHON"
 command -v cmake >/dev/null || stop "no cmake: pip install cmake ninja"
 nvcc=$(find_nvcc)
@@ -39,6 +49,7 @@ nvcc=$(find_nvcc)
     "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
 
 build=build/plugin-${1:-both}
+if [[ $target != "$HOSTTYPE" ]]; then build+=-$target; fi
 lib=xshare_trtllm/lib
 log=$build/build.log
 options=(-DXSHARE_CUDA=ON -DXSHARE_TENSORRT=ON "-DCMAKE_CUDA_ARCHITECTURES=$architectures" "-DPython3_EXECUTABLE=$python")
@@ -47,7 +58,35 @@ for cudart in "$(dirname "$(dirname "$nvcc")")"/lib/libcudart.so.*; do # the whe
     if [[ $nvcc == */nvidia/*/bin/nvcc && -e $cudart ]]; then options+=("-DCUDA_CUDART=$cudart"); fi
 done
 
+# nvcc takes the libraries of another machine from targets/<machine> beside itself: a folder of links is a toolkit too.
+cross_toolkit() {
+    local root folder=$PWD/$build/toolkit file
+    root=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
+    rm -rf "$folder" && mkdir -p "$folder/bin" "$folder/targets/sbsa-linux"
+    for file in "$root"/bin/*; do ln -s "$file" "$folder/bin/"; done
+    for file in nvcc nvcc.profile; do rm "$folder/bin/$file" && cp "$root/bin/$file" "$folder/bin/"; done
+    for file in "$root"/nvvm "$root"/targets/*; do
+        case $file in */nvvm) ln -s "$file" "$folder/" ;; *) ln -s "$file" "$folder/targets/" ;; esac
+    done
+    rm -rf "$folder/targets/sbsa-linux" && mkdir "$folder/targets/sbsa-linux"
+    ln -s "$root/targets/$HOSTTYPE-linux/include" "$folder/targets/sbsa-linux/include"
+    ln -s "$(cd "$CUDA_AARCH64" && pwd)" "$folder/targets/sbsa-linux/lib"
+    ln -sfn sbsa-linux "$folder/targets/aarch64-linux"
+    nvcc=$folder/bin/nvcc
+}
+
 mkdir -p "$build" "$lib"
+libraries=(libxshare_cuda.so libnvinfer_plugin_xshare.so)
+if [[ $target != "$HOSTTYPE" ]]; then
+    cxx=$(command -v aarch64-linux-gnu-g++) || stop "no aarch64-linux-gnu-g++: apt-get install g++-aarch64-linux-gnu"
+    [[ -e ${CUDA_AARCH64:-}/libcudart_static.a ]] || stop "no libcudart_static.a in CUDA_AARCH64='${CUDA_AARCH64:-}'"
+    cross_toolkit
+    options+=(-DCMAKE_SYSTEM_NAME=Linux "-DCMAKE_SYSTEM_PROCESSOR=$target" "-DCMAKE_CXX_COMPILER=$cxx")
+    options+=("-DCMAKE_CUDA_HOST_COMPILER=$cxx" "-DCMAKE_CUDA_COMPILER=$nvcc")
+    for cudart in "$CUDA_AARCH64"/libcudart.so.*; do options+=("-DCUDA_CUDART=$cudart"); done
+    lib=$build/lib libraries=(libnvinfer_plugin_xshare.so)
+    mkdir -p "$lib"
+fi
 rm -rf "$build/CMakeCache.txt" "$build"/CMakeFiles/[0-9]* # or an earlier compiler and headers would stay
 echo "== ${1:-both} with $("$nvcc" --version | grep -o 'release.*') ($nvcc)"
 CUDACXX=$nvcc cmake -S plugins -B "$build" "${options[@]}" >"$build/configure.log" 2>&1 ||
@@ -57,7 +96,7 @@ grep -o 'TensorRT [0-9.]* headers from .*' "$build/configure.log"
 cmake --build "$build" --target xshare_cuda nvinfer_plugin_xshare -j "${JOBS:-$(nproc)}" 2>&1 | tee "$log" |
     grep --line-buffered -E '^\[|error|Error|FAILED' || [[ ${PIPESTATUS[0]} == 0 ]] || stop "not built, see $log"
 
-for library in libxshare_cuda.so libnvinfer_plugin_xshare.so; do
+for library in "${libraries[@]}"; do
     cp "$build/$library" "$lib/.$library.$$"
     mv -f "$lib/.$library.$$" "$lib/$library" # a process that has the old one open keeps it
     echo "== $lib/$library: $(stat -c %s "$lib/$library") bytes"

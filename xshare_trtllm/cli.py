@@ -22,6 +22,7 @@ _ELSEWHERE: dict[str, tuple[str, str]] = {
     "build": ("engines.command", "build"),
     "calibrate": ("evaluation.command", "calibrate"),
     "doctor": ("doctor", "doctor"),
+    "edge": ("edgellm.command", "edge"),
     "predict": ("planning.predict", "predict"),
     "triton": ("serving.command", "triton"),
     "trtllm": ("trtllm.command", "trtllm"),

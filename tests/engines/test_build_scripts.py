@@ -62,7 +62,9 @@ def bare(tmp_path: Path) -> Path:
 
 
 def test_build_plugin_says_what_is_missing(bare: Path) -> None:
-    assert "give sm_80 (A100), sm_90a (H100, H200) or both" in refusal("build_plugin.sh", "sm_70")
+    assert "give sm_80 (A100), sm_90a (H100, H200), both, edge or one of" in refusal(
+        "build_plugin.sh", "sm_70"
+    )
     assert "no cmake: pip install cmake ninja" in refusal("build_plugin.sh", path=str(bare))
     assert "no Python: set PYTHON" in refusal("build_plugin.sh", PYTHON="/nowhere/python")
 

@@ -76,7 +76,10 @@ def test_a_config_json_is_a_model(tmp_path):
     ("arguments", "message"),
     [
         (["--model", "gpt-5", "--gpu", "h200"], "model 'gpt-5' is not known; known are gpt-oss-120b"),
-        (["--model", "gpt-oss-20b", "--gpu", "v100"], "gpu 'v100' is not known; known are h100, h200, a100"),
+        (
+            ["--model", "gpt-oss-20b", "--gpu", "v100"],
+            "gpu 'v100' is not known; known are h100, h200, a100, b200",
+        ),
         (["--model", "gpt-oss-20b", "--gpu", "h100", "--budget", 3], "budget must be at least top_k=4"),
         (["--model", "gpt-oss-20b", "--gpu", "h100", "--warmup", 5], "warmup must be at most top_k=4"),
         (["--model", "nowhere/config.json", "--gpu", "h100"], "No such file"),

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from triton_client import free_ports
 
@@ -109,6 +110,15 @@ def test_a_dead_server_is_started_again_under_a_limit(tmp_path: Path) -> None:
     os.kill(supervised.server(), signal.SIGKILL)
     code, said = supervised.end()
     assert code == 1 and "1 restarts within 600 s did not help" in said
+
+
+def test_a_killed_supervisor_leaves_no_server(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path)
+    supervised.wait_for_starts(1)
+    server = psutil.Process(supervised.server())
+    supervised.process.kill()
+    supervised.end()
+    server.wait(timeout=20)
 
 
 def test_a_server_that_is_never_ready_is_not_started_again(tmp_path: Path) -> None:

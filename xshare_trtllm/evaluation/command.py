@@ -10,7 +10,7 @@ import click
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class Percentage(click.ParamType):
+class Percentage(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A share of 1, written as `0.5%` or `0.005`."""
 
     name = "share"

@@ -44,6 +44,18 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
+class TreeRows:
+    """What the rows of a pass are where they are trees: a row is not always after the one before it.
+
+    depths   [batch, length] int64, how far each row is behind what the cache holds
+    visible  [batch, length, length] bool, the rows of the pass that each row sees, itself included
+    """
+
+    depths: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """logits [batch, length, vocabulary] and the cache that the next pass takes."""
 
@@ -100,18 +112,20 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
+        tree: TreeRows | None = None,
     ) -> Output:
         """Logits of the next tokens after `input_ids` [batch, length], which follow what `cache` holds.
 
         cache           may hold more sequences than `batch`: its first ones are continued
         attention_mask  [batch, length] bool, False = padding, at the end of a row only: it has logits that
                         mean nothing, no place in the cache and no say in XShare's choice of experts
+        tree            the rows are trees; their keys and values go into the cache in the order of the rows
 
         Raises ValueError where the cache would overflow.
         """
         batch, length = input_ids.shape
         cache = cache or self.new_cache(batch)
-        place = _Place(cache.lengths[:batch], length, self.cosine, self.sine)
+        place = _Place(cache.lengths[:batch], length, self.cosine, self.sine, tree)
         if place.end > self.capacity:
             raise ValueError(f"Decoder(capacity={self.capacity}): {place.end} tokens per sequence do not fit")
         hidden = self.embed_tokens(input_ids)
@@ -129,10 +143,12 @@ class _Place:
     mask      [1 or batch, 1, length, end] bool, or None where every token sees all of the cache up to `end`
     """
 
-    def __init__(self, lengths: Tensor, length: int, cosine: Tensor, sine: Tensor) -> None:
+    def __init__(
+        self, lengths: Tensor, length: int, cosine: Tensor, sine: Tensor, tree: TreeRows | None = None
+    ) -> None:
         starts = lengths.tolist()
         self.start, self.end = starts[0], max(starts) + length
-        self.is_uniform = min(starts) == max(starts)
+        self.is_uniform = min(starts) == max(starts) and tree is None
         self.mask: Tensor | None = None
         if self.end > len(cosine):
             return  # refused by the caller
@@ -146,6 +162,11 @@ class _Place:
         self.sequences = torch.arange(len(starts))[:, None]
         self.rotation = cosine[self.positions, None], sine[self.positions, None]
         self.mask = (torch.arange(self.end) <= self.positions[:, :, None])[:, None]
+        if tree is not None:
+            depths = lengths[:, None] + tree.depths
+            self.rotation = cosine[depths, None], sine[depths, None]
+            for sequence, start in enumerate(starts):
+                self.mask[sequence, 0, :, start : start + length] = tree.visible[sequence]
 
     def write(self, stored: Tensor, new: Tensor) -> None:
         """Put `new` [batch, length, kv_heads, head_dim] where it belongs in the cache of its layer."""

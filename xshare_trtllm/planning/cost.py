@@ -43,11 +43,19 @@ class Gpu:
 
 
 # NVIDIA data sheets: "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM), "A100 80GB" (SXM). NVLink is
-# listed there as the sum of both directions.
+# listed there as the sum of both directions. "HGX B200", "GB200 NVL72", "GeForce RTX 5090", "Jetson Thor"
+# (T5000), "DGX Spark" and "Jetson AGX Orin" state operations with sparsity, for 4 bits or 8: without it, and
+# for 16 bits, each is half of that. The last three are linked by Ethernet.
 GPUS = {
     "h100": Gpu("H100 SXM", 80e9, 3.35e12, 989e12, 1979e12, 450e9),
     "h200": Gpu("H200 SXM", 141e9, 4.8e12, 989e12, 1979e12, 450e9),
     "a100": Gpu("A100 SXM", 80e9, 2.039e12, 312e12, 312e12, 300e9),
+    "b200": Gpu("B200", 180e9, 8e12, 2250e12, 4500e12, 900e9),
+    "gb200": Gpu("GB200", 186e9, 8e12, 2500e12, 5000e12, 900e9),
+    "rtx5090": Gpu("GeForce RTX 5090", 32e9, 1.792e12, 209.5e12, 419e12, 64e9),
+    "thor": Gpu("Jetson AGX Thor", 128e9, 273e9, 259e12, 517e12, 12.5e9),
+    "spark": Gpu("DGX Spark", 128e9, 273e9, 125e12, 250e12, 25e9),
+    "orin": Gpu("Jetson AGX Orin 64GB", 64e9, 204.8e9, 42.5e12, 42.5e12, 1.25e9),
 }
 
 

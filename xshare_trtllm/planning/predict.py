@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from xshare_trtllm.config import XShareConfig
     from xshare_trtllm.planning.cost import Prediction, Predictor
     from xshare_trtllm.planning.shapes import ModelShape
+    from xshare_trtllm.planning.speculation import SpeculativeStep
 
 COVERAGE = 0.97
 
 
 @click.command()
 @click.option("--model", required=True, help="A known model (gpt-oss-120b, ...) or a config.json.")
-@click.option("--gpu", required=True, help="h100, h200 or a100.")
+@click.option("--gpu", required=True, help="h100, h200, a100, b200, gb200, rtx5090, thor, spark or orin.")
 @click.option(
     "--batch",
     "batches",
@@ -42,6 +43,9 @@ COVERAGE = 0.97
 @click.option(
     "--context", type=click.IntRange(1), default=1024, show_default=True, help="Cached tokens per row."
 )
+@click.option("--draft-rows", type=click.IntRange(2), help="Rows that one request verifies: speculation.")
+@click.option("--accepted", type=click.FloatRange(1), help="Tokens that a request gains per step then.")
+@click.option("--draft-passes", type=click.IntRange(0), help="Passes of the draft model [--draft-rows - 1].")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, help="GPUs that split every matrix.")
 @click.option("--expert-parallel", type=click.IntRange(1), default=1, help="GPUs that share the experts.")
 @click.option(
@@ -57,6 +61,9 @@ def predict(
     budget: int | None,
     warmup: int,
     context: int,
+    draft_rows: int | None,
+    accepted: float | None,
+    draft_passes: int | None,
     tensor_parallel: int,
     expert_parallel: int,
     weight_bits: float | None,
@@ -64,7 +71,8 @@ def predict(
     """Predict the gain of a coverage from the model's shape and the GPU's data sheet.
 
     A calculation, not a measurement: its error against the public figures is printed below the table. With
-    --expert-parallel the coverage limits the fullest GPU, and a budget without one is spread evenly.
+    --expert-parallel the coverage limits the fullest GPU, and a budget without one is spread evenly. With
+    --draft-rows and --accepted: when speculative decoding pays, and what the coverage does to that.
     """
     from xshare_trtllm.planning.cost import GPUS, Parallel, Predictor
     from xshare_trtllm.report import console
@@ -77,6 +85,8 @@ def predict(
         if coverage is None and budget is None:
             coverage = COVERAGE
         config = predictor.loads.config(coverage, budget, warmup)
+        if draft_rows is not None or accepted is not None:
+            return _speculation(predictor, batches, config, draft_rows, accepted, draft_passes)
         predictions = [predictor.at(batch, config) for batch in sorted(set(batches))]
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
@@ -181,4 +191,79 @@ def _error() -> str:
         f"worst, on the public gains of gpt-oss-120b on one H200 at batch 4, 8, 16, 32, and predicted in "
         f"brackets: {listed}. "
         "Active experts are those of fitted routers; utility kept is no accuracy."
+    )
+
+
+# ---- Speculation ------------------------------------------------------------------------------------------
+
+
+def _speculation(
+    predictor: Predictor,
+    batches: tuple[int, ...],
+    config: XShareConfig,
+    rows: int | None,
+    accepted: float | None,
+    passes: int | None,
+) -> None:
+    from xshare_trtllm.planning.speculation import Draft, SpeculativePredictor
+    from xshare_trtllm.report import console
+
+    if rows is None or accepted is None:
+        raise ValueError("speculation needs both --draft-rows and --accepted")
+    draft = Draft(rows, accepted, rows - 1 if passes is None else passes)
+    speculative = SpeculativePredictor(predictor)
+    steps = [speculative.at(batch, draft, config) for batch in sorted(set(batches))]
+    out = console()
+    out.print(_speculation_table(predictor, steps, config))
+    losing = [step for step in steps if step.shared_speedup < 1]
+    for step in losing:
+        out.print(
+            f"Batch {step.batch}: leave speculation off. It pays from {step.shared_break_even:.2f} accepted "
+            f"tokens per step with XShare, from {step.own_break_even:.2f} without; {accepted} are given."
+        )
+    for line in (*_memory(predictor), _speculation_error()):
+        out.print(line)
+
+
+def _speculation_table(predictor: Predictor, steps: list[SpeculativeStep], config: XShareConfig) -> Table:
+    from rich.table import Table
+
+    draft = steps[0].draft
+    gpus = max(predictor.parallel.tensor, predictor.parallel.expert)
+    limit = f"coverage {config.coverage}" if config.coverage else f"budget {config.budget}"
+    table = Table(
+        title=f"{predictor.shape.name} on {gpus} x {predictor.gpu.name}: {draft.rows} rows per request, "
+        f"{draft.accepted} tokens accepted, {draft.passes} draft passes; {limit}",
+        caption="speed-up: tokens per second over plain decoding, own routing > XShare; no host time: by "
+        "bytes and operations alone; pays from: accepted tokens per step",
+    )
+    columns = ("batch", "rows", "experts\nplain", "experts\nverifying", "plain\nms", "step\nms")
+    for name in (*columns, "speed-up", "no host\ntime", "pays\nfrom"):
+        table.add_column(name, justify="right")
+    for step in steps:
+        table.add_row(
+            str(step.batch),
+            str(step.batch * draft.rows),
+            f"{step.plain_experts:.1f}",
+            f"{step.own_experts:.1f} > {step.shared_experts:.1f}",
+            f"{1e3 * step.plain:.2f}",
+            f"{1e3 * step.own:.2f} > {1e3 * step.shared:.2f}",
+            f"{step.own_speedup:.2f} > {step.shared_speedup:.2f}",
+            f"{step.own_speedup_without_host:.2f} > {step.shared_speedup_without_host:.2f}",
+            f"{step.own_break_even:.2f} > {step.shared_break_even:.2f}",
+        )
+    return table
+
+
+def _speculation_error() -> str:
+    from xshare_trtllm.planning.speculation import validate
+
+    pairs = validate()
+    listed = ", ".join(f"{public.batch}: {public.speedup:.2f} ({ours:.2f})" for public, ours in pairs)
+    small, large = ([abs(a.speedup - b) for a, b in pairs if (a.batch <= 8) is few] for few in (True, False))
+    return (
+        f"Known error: {sum(small) / len(small):.2f} on average, {max(small):.2f} at worst, on the public "
+        f"speed-ups of Qwen3-30B-A3B with EAGLE3 on 2 and 4 H100 at batch 1 to 8; {max(large):.2f} at 32 and "
+        f"64, where 20 questions do not fill the batch. By batch, predicted in brackets: {listed}. "
+        "Drafting's host time is SGLang's there; another runtime has its own."
     )

@@ -15,6 +15,7 @@ never been ready, this process ends with 1.
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
@@ -33,6 +34,7 @@ LAST_ANSWERS = 0.5  # seconds for errors on their way to clients, before a broke
 EXIT_TIMEOUT = 10  # seconds for the server to end when it has no requests any more
 RESTART_WINDOW = 600.0  # seconds that restarts are counted over
 LONGEST_PAUSE = 30.0  # seconds
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STUB = "triton_python_b"  # as the kernel cuts triton_python_backend_stub
 
 
@@ -62,7 +64,9 @@ class Server:
         self._headers = {name: self._key}
         environment = {**os.environ, "XSHARE_RESTARTS": str(restarts)}
         words = [word for part in command for word in (control if part == "@control" else [part])]
-        self.process = subprocess.Popen(words, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            words, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+        )
 
     def is_broken(self) -> bool:
         """True where the server or a process of a model has ended."""
@@ -117,6 +121,11 @@ class Server:
             return 0, b""
         finally:
             connection.close()
+
+
+def _end_with_parent() -> None:
+    """Of this process, before it becomes the server: a supervisor that is killed leaves none behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _stubs(root: int) -> Iterator[int]:

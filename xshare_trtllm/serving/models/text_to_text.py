@@ -122,6 +122,9 @@ class TritonPythonModel:
                 sender.send(refusal(str(error)), flags=_FINAL)
             except Busy as error:
                 sender.send(_unavailable(str(error)), flags=_FINAL)
+            except Exception as error:  # a request without an answer would hang
+                failed = pb_utils.TritonError(f"{type(error).__name__}: {error}")
+                sender.send(pb_utils.InferenceResponse(error=failed), flags=_FINAL)
 
     def finalize(self) -> None:
         self.chunks.put(None)
@@ -284,7 +287,7 @@ class TritonPythonModel:
             answer.sender.send(_unavailable(chunk.error), flags=flags)
             return
         if chunk.stop_word and self.contract.is_cumulative:
-            answer.text = answer.text[: answer.text.rfind(chunk.stop_word)]
+            answer.text = answer.text.rpartition(chunk.stop_word)[0]
         # With what there is where it was cancelled: Triton 2.51 does not get over an error CANCELLED.
         answer.sender.send(self._response(_values(answer, chunk)), flags=flags)
         if not self.contract.is_cumulative:
