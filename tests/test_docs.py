@@ -557,30 +557,21 @@ def results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks/results" / name).read_text())
 
 
-def test_the_budget_table_is_what_was_measured() -> None:
-    table = next(table for table in tables("docs/budget.md") if table[0][1:2] == ["active experts"])
-    settings = {row["name"]: row for row in results("demo.json")["settings"]}
-    for budget, experts, accuracy in table[2:]:
-        measured = settings[f"budget {budget}"]
-        assert experts == f"{measured['active_experts']:.1f} ({measured['active_ratio'] - 1:+.1%})"
-        assert accuracy == f"{measured['accuracy_ratio'] - 1:+.2%}"
-    assert table[1][1] == f"{settings['own routing']['active_experts']:.1f}"
+def test_the_coverage_table_is_what_was_measured() -> None:
+    table = next(table for table in tables("docs/budget.md") if "batch 4" in table[0][1])
+    rows = results("coverage.json")["models"]["xshare-moe-14m"]
+    measured = {(row["setting"], row["batch"]): row for row in rows}
 
+    def percent(value: float, digits: int) -> str:
+        return f"{100 * value:+.{digits}f} %"
 
-def test_the_warm_up_table_is_what_was_measured() -> None:
-    """Per layer: expert_parallel.json and, without a warm-up, demo.json; per GPU: balanced placement."""
-    table = next(table for table in tables("docs/budget.md") if table[0][1:2] == ["warm-up 0"])
-    rows = [row for row in results("expert_parallel.json")["shipped_model"] if row["batch"] == 16]
-    measured = {
-        (row["budget"], row["per_gpu"], row["warmup"]): row
-        for row in rows
-        if row["placement"] == "balanced" and isinstance(row["budget"], int)
-    }
-    losses = {key: f"{-100 * row['accuracy_change']:.2f} %" for key, row in measured.items()}
-    plain = next(row for row in results("demo.json")["settings"] if row["name"] == "budget 32, no warm-up")
-    losses[32, None, 0] = f"{100 * (1 - plain['accuracy_ratio']):.2f} %"
-    for warmup in range(3):
-        assert table[1][1 + warmup] == losses[32, None, warmup]
-        assert table[2][1 + warmup] == losses.get((24, None, warmup), "")
-        peak = measured[64, 3, warmup]["peak_experts"]
-        assert table[3][1 + warmup] == f"{losses[64, 3, warmup]} ({peak:.2f})"
+    for setting, *cells in table[1:]:
+        for batch, cell in zip((4, 8, 16, 32), cells, strict=True):
+            row = measured[setting, batch]
+            change = row["change"]
+            saved, bits, accuracy = cell.split(" / ")
+            if row["active"] == row["own"]:
+                assert cell == "0 / 0 / 0" and abs(change["bits_per_byte"]) < 1e-6
+                continue
+            assert saved == percent(row["active"] / row["own"] - 1, 1)
+            assert (bits, accuracy) == (percent(change["bits_per_byte"], 2), percent(change["accuracy"], 2))

@@ -40,7 +40,7 @@ def test_report_table_and_picture(short, tmp_path):
     report = json.loads(path.read_text())
     own, flat, per_gpu = report["settings"]
     assert all(set(setting) >= FIELDS for setting in report["settings"])
-    assert own["config"] == {"budget": 64, "warmup": 1}
+    assert own["config"] == {"budget": 64, "warmup": 1, "utility": "squared_weight"}
     assert (own["active_ratio"], own["accuracy_ratio"], own["greedy_agreement"]) == (1, 1, 1)
     assert flat["active_experts"] <= 24 + flat["warmup_overflow"] < own["active_experts"]
     assert per_gpu["peak_gpu_experts"] < flat["peak_gpu_experts"] < own["peak_gpu_experts"]
