@@ -2,7 +2,7 @@
 
 A closed loop of clients sends prompts of held-out text, each client its next request when the last has ended.
 Without `--url` the serving engine runs in this process; with `--url` and `--baseline_url` two running Triton
-servers are driven over gRPC, for instance `xshare triton --backend cpu` with a budget and without. Every
+servers are driven over gRPC, for instance `xshare triton --backend cpu` with a coverage and without. Every
 setting serves the same requests in turn, and changes are medians of such pairs.
 
 Options are named as in `trtllm-bench` (concurrency, num_requests, warmup, max_batch_size, report_json).
@@ -312,8 +312,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_batch_size", type=int, default=64, help="in process only")
     parser.add_argument("--input_len", type=int, default=64, help="tokens of a prompt, at most")
     parser.add_argument("--output_len", type=int, default=48, help="tokens of an answer")
-    parser.add_argument("--budget", type=int, nargs="+", default=[32], help="in process only")
-    parser.add_argument("--xshare_warmup", type=int, default=2, help="experts that each row keeps")
+    parser.add_argument("--coverage", type=float, nargs="+", default=[0.95], help="in process only")
     parser.add_argument("--url", help="host:port of a Triton server with XShare, gRPC")
     parser.add_argument("--baseline_url", help="host:port of one without")
     parser.add_argument("--report_json", type=Path, help="the picture goes beside it as .png")
@@ -339,9 +338,9 @@ def main() -> None:
             servers["XShare"] = Triton(options.url, prompts, options)
         else:
             servers[OWN] = InProcess(None, prompts, options)
-            for budget in options.budget:
-                config = XShareConfig(budget, warmup=options.xshare_warmup)
-                servers[f"budget {budget}"] = InProcess(config, prompts, options)
+            for coverage in options.coverage:
+                config = XShareConfig(coverage=coverage)
+                servers[f"coverage {coverage}"] = InProcess(config, prompts, options)
         results = measure(servers, options)
     finally:
         for server in servers.values():

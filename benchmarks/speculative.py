@@ -1,4 +1,4 @@
-"""Speculative decoding on the shipped model: what budgets for the batch, and for each request, cost and gain.
+"""Speculative decoding on the shipped model: what a coverage costs and gains, beside the paper's budgets.
 
 Quality is teacher-forced: four texts at a time, four positions of each as one step, as in the verification of
 three right drafts. Speed is end to end: prompt-lookup drafts, verification, roll-back, greedy choice; every
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from xshare_trtllm import RouterSpec, XShareConfig
 from xshare_trtllm.evaluation import (
-    Quality,
     agreement,
     greedy_decode,
     held_out,
@@ -28,7 +27,7 @@ from xshare_trtllm.evaluation import (
     token_batches,
     token_bytes,
 )
-from xshare_trtllm.evaluation.measure import one_thread
+from xshare_trtllm.evaluation.measure import Change, compare, one_thread
 from xshare_trtllm.hf import Decoder, attach
 from xshare_trtllm.hf.speculative import Speculation, speculative_decode
 from xshare_trtllm.report import console, machine, write_aside, write_json
@@ -36,24 +35,29 @@ from xshare_trtllm.report import console, machine, write_aside, write_json
 BATCH, DRAFT_LEN = 4, 3
 LENGTH = 256  # tokens of a text for quality
 PROMPT, STEPS = 128, 40  # tokens of a prompt; verification passes after it
-BUDGETS = (16, 20, 24, 28, 32, 36, 40)
-REQUEST_BUDGETS = (12, 16, 20, 24)
-WARMUP = 2
+SETTINGS = {
+    **{f"coverage {c}": XShareConfig(coverage=c) for c in (0.99, 0.97, 0.95, 0.92, 0.9, 0.87)},
+    **{f"budget {m}": XShareConfig(m) for m in (32, 24)},
+    **{f"budget {m}, 12 per request": XShareConfig(m, request_budget=12) for m in (32, 24)},
+    **{
+        f"paper, {m}, 12 per request": XShareConfig(m, warmup=2, request_budget=12, utility="affinity")
+        for m in (32, 24)
+    },
+}
+TIMED = (*(f"coverage {c}" for c in (0.97, 0.95, 0.92, 0.9, 0.87)), "paper, 24, 12 per request")
 PLAIN, OWN = "plain decoding", "speculation, own routing"
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Quality of one setting; changes are to the model's own routing, intervals 95 % over the texts."""
+    """Quality of one setting; the change is to the model's own routing."""
 
-    budget: int
-    request_budget: int | None
+    name: str
     active_experts: float
     kept_utility: float
     bits_per_byte: float
     accuracy: float
-    accuracy_change: float
-    accuracy_interval: tuple[float, float]
+    change: Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,6 @@ class Speed:
     """Speed of one setting; `ratio` is to speculation with the model's own routing, paired."""
 
     name: str
-    budget: int | None
-    request_budget: int | None
     tokens_per_second: float
     ratio: float
     ratio_quartiles: tuple[float, float]
@@ -74,43 +76,26 @@ class Speed:
 
 
 def quality_curve(model: nn.Module, spec: RouterSpec, batches: list[Tensor], sizes: Tensor) -> list[Point]:
-    """The model's own routing first, then flat and hierarchical budgets."""
-    configs = [XShareConfig.off(spec)]
-    for budget in BUDGETS:
-        for request_budget in (None, *REQUEST_BUDGETS):
-            configs.append(XShareConfig(budget, warmup=WARMUP, request_budget=request_budget))
+    """The model's own routing first, then every setting."""
     points, base = [], None
     with Progress(console=console()) as progress:
-        for config in progress.track(configs, description="quality, teacher-forced"):
+        settings = {OWN: XShareConfig.off(spec)} | SETTINGS
+        for name, config in progress.track(settings.items(), description="quality, teacher-forced"):
             with attach(model, config, prefill="stepwise", step_tokens=1 + DRAFT_LEN) as attached:
                 quality = teacher_forced(model, batches, sizes)
                 stats = attached.stats
             base = base or quality
             points.append(
                 Point(
-                    config.budget,
-                    config.request_budget,
+                    name,
                     mean(layer.experts_after for layer in stats),
                     mean(layer.kept_utility for layer in stats),
                     quality.bits_per_byte,
                     quality.accuracy,
-                    quality.accuracy / base.accuracy - 1,
-                    interval(quality, base, batches),
+                    compare(quality, base),
                 )
             )
     return points
-
-
-def interval(quality: Quality, base: Quality, batches: list[Tensor]) -> tuple[float, float]:
-    """95 % bootstrap interval over texts of the relative change of accuracy."""
-    targets = torch.cat([tokens[:, 1:].flatten() for tokens in batches])
-    hits, base_hits = (
-        (side.predictions == targets).view(-1, LENGTH).float().mean(1) for side in (quality, base)
-    )
-    picks = torch.randint(len(hits), (2000, len(hits)), generator=torch.Generator().manual_seed(0))
-    changes = hits[picks].mean(1) / base_hits[picks].mean(1) - 1
-    low, high = changes.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
 
 
 def measure_speed(model: nn.Module, prompts: list[Tensor], settings: dict[str, XShareConfig]) -> list[Speed]:
@@ -138,7 +123,7 @@ def measure_speed(model: nn.Module, prompts: list[Tensor], settings: dict[str, X
                         active[OWN].append(mean(layer.experts_before for layer in attached.stats))
                         rows[OWN].append(rows[name][-1])
     own_rates = [run.new_tokens / run.seconds for run in runs[OWN]]
-    results = [_speed(PLAIN, None, plain_rates, own_rates)]
+    results = [_speed(PLAIN, plain_rates, own_rates)]
     for name, made in runs.items():
         rates = [run.new_tokens / run.seconds for run in made]
         equal = [_agreement(run, output) for run, output in zip(made, outputs, strict=True)]
@@ -147,7 +132,6 @@ def measure_speed(model: nn.Module, prompts: list[Tensor], settings: dict[str, X
         results.append(
             _speed(
                 name,
-                settings.get(name),
                 rates,
                 own_rates,
                 tokens_per_step=mean(run.tokens_per_step for run in made),
@@ -162,7 +146,6 @@ def measure_speed(model: nn.Module, prompts: list[Tensor], settings: dict[str, X
 
 def _speed(
     name: str,
-    config: XShareConfig | None,
     rates: list[float],
     own_rates: list[float],
     *,
@@ -176,8 +159,6 @@ def _speed(
     low, high = ratios.quantile(torch.tensor([0.25, 0.75])).tolist()
     return Speed(
         name,
-        None if config is None else config.budget,
-        None if config is None else config.request_budget,
         median(rates),
         median(ratios.tolist()),
         (low, high),
@@ -204,68 +185,54 @@ def plot(points: list[Point], speeds: list[Speed], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
-    for request_budget in (None, *REQUEST_BUDGETS):
-        curve = [point for point in points[1:] if point.request_budget == request_budget]
-        is_flat = request_budget is None
-        label = "flat" if is_flat else f"{request_budget} per request"
-        left.plot(
-            [point.budget for point in curve],
-            [100 * point.accuracy_change for point in curve],
-            "k--o" if is_flat else "o-",
-            label=label,
-            markersize=4,
-        )
-    left.axhspan(
-        *(100 * bound for bound in points_interval(points)), color="grey", alpha=0.15, label="95 % of flat 40"
-    )
-    left.set_xlabel("budget: experts per layer and step")
-    left.set_ylabel("next-token accuracy, change in %")
-    left.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    with_budget = [speed for speed in speeds if speed.budget is not None]
-    for is_flat, style in ((True, "ko"), (False, "C0o")):
-        side = [speed for speed in with_budget if (speed.request_budget is None) == is_flat]
-        x = [speed.active_experts for speed in side]
-        y = [100 * (speed.ratio - 1) for speed in side]
+    for kind, style in (("coverage", "ko-"), ("budget", "C0s"), ("paper", "C1^")):
+        side = [point for point in points if point.name.startswith(kind)]
+        x = [point.active_experts for point in side]
+        y = [100 * point.change.accuracy for point in side]
+        low, high = zip(*(point.change.accuracy_interval for point in side), strict=True)
         spread = [
-            [100 * (speed.ratio - speed.ratio_quartiles[0]) for speed in side],
-            [100 * (speed.ratio_quartiles[1] - speed.ratio) for speed in side],
+            [value - 100 * bound for value, bound in zip(y, low, strict=True)],
+            [100 * bound - value for value, bound in zip(y, high, strict=True)],
         ]
-        right.errorbar(x, y, spread, fmt=style, capsize=3, label="flat" if is_flat else "per request")
+        left.errorbar(x, y, spread, fmt=style, capsize=3, markersize=4, linewidth=1, label=kind)
+    for speed in speeds:
+        if speed.active_experts is None or speed.name == OWN:
+            continue
+        y = 100 * (speed.ratio - 1)
+        spread = [[y - 100 * (speed.ratio_quartiles[0] - 1)], [100 * (speed.ratio_quartiles[1] - 1) - y]]
+        is_dial = speed.name.startswith("coverage")
+        right.errorbar(speed.active_experts, y, spread, fmt="ko" if is_dial else "C1^", capsize=3)
+        right.annotate(
+            speed.name.removeprefix("coverage "), (speed.active_experts, y), xytext=(5, 5), fontsize=8,
+            textcoords="offset points",
+        )  # fmt: skip
+    left.axhline(0, color="grey", linewidth=1)
     right.axhline(14, color="grey", linestyle="--", linewidth=1)
-    right.set_xlabel("active experts per layer and step")
+    left.set_ylabel("next-token accuracy, change in %")
     right.set_ylabel("tokens per second against own routing, change in %")
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    left.legend(fontsize=8)
+    for axis in (left, right):
+        axis.set_xlabel("active experts per layer and step")
+        axis.grid(alpha=0.3)
     figure.suptitle(f"Speculation of {DRAFT_LEN} tokens, batch {BATCH}, shipped model")
     with write_aside(path) as aside:
         figure.savefig(aside, dpi=120)
     pyplot.close(figure)
 
 
-def points_interval(points: list[Point]) -> tuple[float, float]:
-    """The interval of the largest flat budget."""
-    return next(p for p in points if p.budget == BUDGETS[-1] and p.request_budget is None).accuracy_interval
-
-
 def print_tables(points: list[Point], speeds: list[Speed]) -> None:
-    table = Table(title="Next-token accuracy against own routing; active experts in brackets")
-    table.add_column("budget")
-    for request_budget in (None, *REQUEST_BUDGETS):
-        table.add_column(
-            "flat" if request_budget is None else f"{request_budget} per request", justify="right"
-        )
-    for budget in BUDGETS:
-        row = [point for point in points[1:] if point.budget == budget]
+    table = Table(title="Quality against own routing, 95 % intervals")
+    for column in ("setting", "active experts", "bits per byte", "accuracy"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for point in points:
+        bits, accuracy = point.change.bits_interval, point.change.accuracy_interval
         table.add_row(
-            str(budget), *(f"{point.accuracy_change:+.2%} ({point.active_experts:.1f})" for point in row)
+            point.name,
+            f"{point.active_experts:.1f}",
+            f"{point.change.bits_per_byte:+.2%} ({bits[0]:+.2%} to {bits[1]:+.2%})",
+            f"{point.change.accuracy:+.2%} ({accuracy[0]:+.2%} to {accuracy[1]:+.2%})",
         )
     console().print(table)
-    low, high = points_interval(points)
-    console().print(
-        f"own routing: {points[0].accuracy:.2%} accurate, {points[0].active_experts:.1f} active experts; "
-        f"95 % interval of flat {BUDGETS[-1]}: {low:+.2%} to {high:+.2%}"
-    )
     table = Table(title="End to end")
     for column in (
         "setting",
@@ -304,13 +271,7 @@ def main() -> None:
     spec = RouterSpec.from_hf_config(model.config)
     batches = token_batches(held_out()[: arguments.texts], tokenizer, LENGTH, BATCH)
     points = quality_curve(model, spec, batches, token_bytes(tokenizer))
-    settings = {}
-    for budget in (20, 24, 28, 32):
-        for request_budget in (None, 12):
-            kind = "flat" if request_budget is None else f"{request_budget} per request"
-            settings[f"budget {budget}, {kind}"] = XShareConfig(
-                budget, warmup=WARMUP, request_budget=request_budget
-            )
+    settings = {name: SETTINGS[name] for name in TIMED}
     with one_thread():
         speeds = measure_speed(model, [tokens[:, :PROMPT] for tokens in batches], settings)
     print_tables(points, speeds)
@@ -319,7 +280,6 @@ def main() -> None:
             "machine": machine(),
             "batch": BATCH,
             "draft_len": DRAFT_LEN,
-            "warmup": WARMUP,
             "quality_tokens": len(batches) * BATCH * LENGTH,
             "quality": [asdict(point) for point in points],
             "speed": [asdict(speed) for speed in speeds],
