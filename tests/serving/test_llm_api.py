@@ -18,7 +18,7 @@ from xshare_trtllm.serving.generation import Busy, Chunk, Limits, Request, Times
 from xshare_trtllm.serving.llm_api import LLMEngine
 
 LIMITS = {"max_batch_size": 1, "max_queue_size": 1, "max_input_len": 8, "max_output_len": 8}
-SETTINGS = {"llm": {"model": "m"}, "limits": LIMITS, "config": {"coverage": 0.9}, "options_module": None}
+SETTINGS = {"llm": {"model": "m"}, "limits": LIMITS, "config": {"coverage": 0.9}, "xshare": None}
 
 
 @dataclass(kw_only=True)

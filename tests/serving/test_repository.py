@@ -269,8 +269,7 @@ def test_what_the_engines_of_the_text_model_read(tmp_path: Path) -> None:
         "max_batch_size": 16,
         "kv_cache_config": {"free_gpu_memory_fraction": 0.8, "dtype": "fp8"},
     }
-    settings = json.loads(read(tmp_path / "b")["tensorrt_llm"].parameters["settings"].string_value)
-    assert XShareConfig.from_yaml(folder / settings["options_module"] / "xshare.yaml") == config
+    assert XShareConfig.from_yaml(folder / "xshare.yaml") == config
     with pytest.raises(ValueError, match="model is a value, not a group"):
         clash = Repository("trtllm-torch", MODEL_DIR, MODEL_DIR, settings={"model.name": 1})
         write_repository(clash, tmp_path / "clash")
@@ -318,8 +317,6 @@ def test_the_server_listens_on_loopback_unless_told_otherwise(repository: Reposi
     said = launched(path, tmp_path, ADDRESS="0.0.0.0", HTTP_PORT="9000")
     assert said[said.index("--http-address") + 1] == "0.0.0.0" and said[3] == "127.0.0.1:9000"
     assert said[said.index("--http-port") + 1] == "9000"
-    if repository.back_end == "trtllm-torch":
-        assert said[0] == str(path / "tensorrt_llm" / "1")
 
 
 def test_an_engines_server_has_the_plugin_and_a_process_per_rank(
@@ -468,4 +465,4 @@ def test_a_recipes_options_go_into_the_arguments_of_llm(tmp_path: Path) -> None:
     assert written["tensor_parallel_size"] == written["moe_expert_parallel_size"] == 8
     assert written["max_num_tokens"] == 4096 and written["max_seq_len"] == 8192
     assert written["kv_cache_config"]["free_gpu_memory_fraction"] == 0.85
-    assert (tmp_path / "repo/tensorrt_llm/1/xshare_options/xshare.yaml").is_file()
+    assert (tmp_path / "repo/tensorrt_llm/1/xshare.yaml").is_file()

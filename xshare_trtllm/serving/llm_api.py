@@ -26,12 +26,14 @@ class LLMEngine:
     """`submit`, `cancel`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
 
     settings  `llm` (arguments of LLM), `limits`, `config` (of an XShareConfig; None: own routing),
-              `options_module` (the package with it, by `xshare_trtllm.trtllm.write_options`, or None)
+              `xshare` (the YAML file with it, or None)
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        if settings["options_module"] is not None:
-            import_module(settings["options_module"])  # before LLM is made, so that its workers have it
+        if settings["xshare"] is not None:
+            from xshare_trtllm.trtllm import use
+
+            use(settings["xshare"])  # before LLM is made, so that its workers have it
         llm_api: Any = import_module("tensorrt_llm")
         self._sampling_params = llm_api.SamplingParams
         self._limits = Limits(**settings["limits"])

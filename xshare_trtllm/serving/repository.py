@@ -28,7 +28,7 @@ ENGINE_MODELS = ("ensemble", "preprocessing", "tensorrt_llm", "postprocessing") 
 LAUNCH = "launch.sh"
 SETTINGS = "settings.json"  # what `--set` said, for the next writing
 
-_OPTIONS_MODULE = "xshare_options"  # the package with XShare's configuration, for TensorRT-LLM's workers
+XSHARE = "xshare.yaml"  # XShare's configuration, for TensorRT-LLM's workers
 _LONGEST_TOKEN = 32  # bytes of text that one token of a prompt may stand for, before it is refused unread
 _TEXT_INSTANCES = 1
 _WARM_UP = {"text_input": "The", "max_tokens": 4}  # a request of Triton's own, before the model is ready
@@ -211,9 +211,7 @@ def _write_text_model(folder: Path, repository: Repository) -> None:
         text = yaml.safe_dump(_llm_arguments(repository), sort_keys=False)
         (folder / "1" / "model.yaml").write_text(text, encoding="utf-8")
         if repository.config is not None:
-            from xshare_trtllm.trtllm import write_options
-
-            write_options(folder / "1" / _OPTIONS_MODULE, repository.config)
+            repository.config.to_yaml(folder / "1" / XSHARE)
 
 
 def _llm_arguments(repository: Repository) -> dict[str, Any]:
@@ -340,7 +338,6 @@ def _text_settings(repository: Repository) -> dict[str, Any]:
         "config": None if repository.config is None else repository.config.to_dict(),
     }
     if repository.back_end == "trtllm-torch":
-        settings["options_module"] = None if repository.config is None else _OPTIONS_MODULE
         settings["end_id"] = special_token(repository.tokenizer, "eos_token")
         return settings
     load_tokenizer(repository.tokenizer)
@@ -436,8 +433,6 @@ def launch_script(repository: Repository) -> str:
     lines = [_HEAD]
     if repository.back_end == "tensorrtllm":
         lines.append(_PRELOAD.format(plugin=quote(str(repository.plugin and repository.plugin.resolve()))))
-    if repository.back_end == "trtllm-torch":
-        lines.append(_PYTHONPATH)
     lines.append(_SERVER)
     if repository.back_end == "tensorrtllm":
         lines.append(_PRELOADED)
@@ -460,11 +455,6 @@ address=${ADDRESS:-127.0.0.1}
 _PRELOAD = """\
 # XShare's TensorRT plugin has to be in the process before the engine is loaded.
 preload={plugin}${{LD_PRELOAD:+:$LD_PRELOAD}}
-"""
-
-_PYTHONPATH = """\
-# TensorRT-LLM's worker processes read XShare's configuration from a package in this folder.
-export PYTHONPATH=$repository/tensorrt_llm/1${PYTHONPATH:+:$PYTHONPATH}
 """
 
 _SERVER = """\

@@ -148,7 +148,8 @@ class TritonPythonModel:
 
         arguments = yaml.safe_load((folder / "model.yaml").read_text(encoding="utf-8"))
         self.penalties = PENALTIES
-        self.engine = LLMEngine({**settings, "llm": arguments})
+        xshare = folder / "xshare.yaml" if self.config is not None else None
+        self.engine = LLMEngine({**settings, "llm": arguments, "xshare": xshare})
         self.encode = self.engine.encode
 
     def _submit(self, request: Any, sender: Any) -> None:
