@@ -1,14 +1,16 @@
-"""What `make` does with the interpreter that it is given."""
+"""What `make` does with the interpreter that it is given; the package keeps Python 3.10."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-MAKEFILE = Path(__file__).resolve().parent.parent / "Makefile"
+ROOT = Path(__file__).resolve().parent.parent
+MAKEFILE = ROOT / "Makefile"
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,3 +50,11 @@ def test_an_old_interpreter_is_refused_in_one_sentence(tmp_path, where):
         "make demo and make test need Python 3.11 or newer (transformers does), this is 3.10"
     )
     assert not (tmp_path / ".venv" / "ready").exists()
+
+
+def test_the_package_is_written_for_python_3_10():
+    """Its syntax; mypy, which takes the same version from pyproject.toml, knows the standard library."""
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'python_version = "3.10"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for path in (ROOT / "xshare_trtllm").rglob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))

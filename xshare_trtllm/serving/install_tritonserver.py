@@ -40,6 +40,8 @@ def _python_library(name: str) -> Path | None:
 def main() -> None:
     """Install it, or do it again."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if sys.version_info >= (3, 13):  # before pip builds an old numpy from source for it
+        raise SystemExit(f"{PACKAGES[0]} has no Python back end for Python {version}, 3.12 is its last")
     library = _python_library(f"libpython{version}.so.1.0")
     if library is None:
         raise SystemExit(
