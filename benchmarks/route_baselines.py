@@ -178,8 +178,9 @@ def route_torch(logits: Tensor, bias: Tensor | None, s: Settings) -> tuple[Tenso
         ranking = ranking.masked_fill(~kept.repeat_interleave(groups.shape[-1], 1), -torch.inf)
     own = ranking.topk(s.top_k, -1).indices
     weights = affinity.gather(1, own)
-    shares = weights / weights.sum(-1, keepdim=True)
-    utility = torch.zeros_like(affinity).scatter_(1, own, shares * shares)
+    if s.scoring != "softmax":
+        weights = weights / weights.sum(-1, keepdim=True)
+    utility = torch.zeros_like(affinity).scatter_(1, own, weights * weights)
     sums = (utility * 2**20).round().long().sum(0)
     warm = torch.zeros_like(sums, dtype=torch.bool)
     warm = warm.index_fill(0, own[:, : s.warmup].flatten(), True)
