@@ -272,12 +272,12 @@ def _plot_batches(axis: Any, rows: list[dict[str, Any]]) -> None:
         points = [r for r in rows if r["rule"] != PAPER and setting_name(r) == name]
         points.sort(key=lambda r: r["batch"])
         style = "o-" if name.startswith(COVERAGE) else "ks--"
-        changes = [100 * r["change"]["accuracy"] for r in points]
+        changes = [100 * r["change"]["bits_per_byte"] for r in points]
         axis.plot([r["batch"] for r in points], changes, style, label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
     axis.set_xlabel("batch")
-    axis.set_ylabel("next-token accuracy, change in %")
+    axis.set_ylabel("bits per byte, change in %")
     axis.set_title(f"shipped model, {GPUS} GPUs: one coverage for all batches", fontsize=10)
 
 
