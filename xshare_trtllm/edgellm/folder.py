@@ -14,7 +14,8 @@ from onnx import helper
 
 from xshare_trtllm import __version__
 from xshare_trtllm.config import RouterSpec, XShareConfig
-from xshare_trtllm.edgellm.rewrite import OURS, rewrite
+from xshare_trtllm.edgellm.plugin import OURS
+from xshare_trtllm.edgellm.rewrite import rewrite
 from xshare_trtllm.report import write_aside
 
 KEPT = ".xshare-original"  # behind the name of a graph that was rewritten

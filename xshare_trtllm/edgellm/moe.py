@@ -101,7 +101,7 @@ def _sigmoid_spec(
     return _spec(name, experts, top_k, "sigmoid_bias", routed_scaling_factor=scaling)
 
 
-def _spec(name: str, *arguments: Any, **options: float) -> RouterSpec:
+def _spec(name: str, *arguments: Any, **options: Any) -> RouterSpec:
     try:
         return RouterSpec(*arguments, **options)
     except ValueError as error:

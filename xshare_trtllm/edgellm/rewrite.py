@@ -143,6 +143,7 @@ def _routing_node(
         inputs.insert(1, node.input[_bias_place(node)])
     name = f"{PREFIX}{node.name}"
     output = f"{name}/{router.limit.value}"
+    fields: dict[str, Any] = plugin_fields(router, config)
     return helper.make_node(
         NODE,
         inputs,
@@ -151,7 +152,7 @@ def _routing_node(
         domain=OURS,
         plugin_version=PLUGIN_VERSION,
         plugin_namespace=OURS,
-        **plugin_fields(router, config),
+        **fields,
     )
 
 
