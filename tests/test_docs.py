@@ -62,6 +62,7 @@ EXTERNAL = {
     "nvidia-smi",
     "perf_analyzer",
 }
+EXTERNAL |= {"tensorrt-edgellm-export", "llm_build", "llm_bench", "llm_inference"}
 EXTERNAL |= {"tritonserver", "trtllm-bench", "trtllm-serve", "trtllm-llmapi-launch", "gptManagerBenchmark"}
 BENCH = "xshare_bench"
 
