@@ -129,7 +129,8 @@ def _end_with_parent() -> None:
 
 
 def _stubs(root: int) -> Iterator[int]:
-    """The running Python model processes below `root`."""
+    """The running Python model processes below `root`. A process that one of them starts has its name until it
+    becomes what it is to be, and is none."""
     children: dict[int, list[tuple[int, str, str]]] = {}  # by parent: process, name, state
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -140,8 +141,9 @@ def _stubs(root: int) -> Iterator[int]:
     left = [root]
     while left:
         for pid, name, state in children.get(left.pop(), ()):
-            left.append(pid)
-            if name == _STUB and state not in "ZX":
+            if name != _STUB:
+                left.append(pid)
+            elif state not in "ZX":
                 yield pid
 
 
