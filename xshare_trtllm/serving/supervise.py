@@ -129,8 +129,8 @@ def _end_with_parent() -> None:
 
 
 def _stubs(root: int) -> Iterator[int]:
-    """The running Python model processes below `root`. A process that one of them starts has its name until it
-    becomes what it is to be, and is none."""
+    """The running Python model processes below `root`. What one of them starts has its name until it becomes
+    what it is to be, and is none."""
     children: dict[int, list[tuple[int, str, str]]] = {}  # by parent: process, name, state
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
