@@ -240,9 +240,10 @@ struct Call {
         memcpy(&logits[at * size], &infinity, size);
     }
 
-    // A few experts of each row, all but about k, the same ones for all rows, or whole groups.
+    // A few experts of each row, all but about k, the same ones for all rows, or groups, as a whole or but
+    // for one expert.
     void ban_experts(size_t rows, size_t experts, size_t size) {
-        const int form = between(0, 3);
+        const int form = p.num_groups > 1 && one_in(2) ? 4 : between(0, 3);
         const uint32_t spared = static_cast<uint32_t>(between(1, 2 * p.top_k));
         const size_t group_size = experts / static_cast<size_t>(p.num_groups);
         const uint64_t seed = generator();
@@ -253,7 +254,9 @@ struct Call {
                 const bool is_banned = form == 0   ? one_in(4)
                                        : form == 1 ? bits() % static_cast<uint32_t>(experts) >= spared
                                        : form == 2 ? of_all() % 3 == 0
-                                                   : (seed >> (e / group_size % 64) & 1) != 0 && !one_in(9);
+                                       : (seed >> (e / group_size % 64) & 1) == 0 ? false
+                                       : form == 3                                ? !one_in(9)
+                                                                                  : e % group_size != 0;
                 if (is_banned) write_infinity(row * experts + e, size, 1);
             }
         }
@@ -352,7 +355,20 @@ void print_call(const Call& call, const Machine& m) {
         m.block_rows, m.team_rows, m.max_block_rows, call.dial.empty() ? -1 : call.dial[0].mode);
 }
 
+// What a coverage asks of whole sums.
+bool share_is_least() {
+    const double coverage = static_cast<double>(between(1, 1000)) / 1000.0;
+    const uint64_t total = generator() >> between(15, 60);
+    const uint64_t share = share_of(coverage, total);
+    const double enough = coverage * as_double(total);
+    if (as_double(share) >= enough && (share == 0 || as_double(share - 1) < enough)) return true;
+    printf("%g of %llu is not %llu\n", coverage, static_cast<unsigned long long>(total),
+           static_cast<unsigned long long>(share));
+    return false;
+}
+
 bool run_case() {
+    if (!share_is_least()) return false;
     Call call(random_params());
     Call meant = call;
     if (one_in(4)) spoil(call, meant);
