@@ -36,11 +36,15 @@ NUM_BATCHES = 16  # 1 MiB of logits at the larger shape: they stay in the cache,
 NUM_REPEATS = 41
 Timer = Callable[[], float]  # seconds per call
 CASES = {
-    "T=16 E=128 k=4 topk_softmax, budget 32": (16, RouterSpec(128, 4, "topk_softmax"), XShareConfig(32)),
-    "T=64 E=256 k=8 sigmoid_bias 8 groups, budget 64": (
+    "T=16 E=128 k=4 topk_softmax, coverage 0.97": (
+        16,
+        RouterSpec(128, 4, "topk_softmax"),
+        XShareConfig(coverage=0.97),
+    ),
+    "T=64 E=256 k=8 sigmoid_bias 8 groups, coverage 0.97": (
         64,
         RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
-        XShareConfig(64),
+        XShareConfig(coverage=0.97),
     ),
 }
 
@@ -71,7 +75,7 @@ class Batches:
         bias = 0 if self.correction_bias is None else self.correction_bias.data_ptr()
         self.tensors = b"".join(
             ops._TENSORS.pack(
-                ops._TENSORS.size, logits.data_ptr(), bias, 0, 0, 0, ids, weights, 0, active, stats
+                ops._TENSORS.size, logits.data_ptr(), bias, 0, 0, 0, ids, weights, 0, active, stats, 0, 0
             )
             for logits in self.logits
         )

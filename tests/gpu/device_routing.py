@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_STATS = 8
 
 _PARAMS = struct.Struct("@I6if7ifd")  # xshare_route_params
-_TENSORS = struct.Struct("@I11P")  # xshare_route_tensors
+_TENSORS = struct.Struct("@I12P")  # xshare_route_tensors
 
 
 def library_path() -> Path:
@@ -144,7 +144,8 @@ class Call:
         self.inputs, self.outputs = inputs, outputs  # kept alive
         addresses = (0 if t is None else t.data_ptr() for t in (*inputs.tensors(), *outputs.tensors))
         self.params = settings.pack(inputs.router_logits)
-        self.tensors = _TENSORS.pack(_TENSORS.size, *addresses)
+        no_dial = 0
+        self.tensors = _TENSORS.pack(_TENSORS.size, *addresses, no_dial)
         size = ctypes.c_size_t()
         check(library().xshare_cuda_workspace_size(self.params, ctypes.byref(size)))
         device = inputs.router_logits.device
