@@ -38,7 +38,7 @@ def test_every_request_ends_and_nothing_is_left(tmp_path: Path) -> None:
         assert metrics["xshare_engine_restarts_total"] == 1
         counted = sum(value for name, value in metrics.items() if name.startswith("xshare_requests_total"))
         assert counted <= became["finished"] + became["dropped"] + 1
-        last = Load(server, iter(range(4)), 4, 0.0)
+        last = Load(server, iter(range(64)), 4, 0.0)
         wait_for(lambda: server.metrics()["xshare_running_requests"] > 0, 10)
         family = psutil.Process(server.process.pid).children(recursive=True)
         server.process.terminate()

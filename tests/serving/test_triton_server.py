@@ -32,7 +32,7 @@ CANCELLED = 'xshare_requests_total{finish="cancelled"}'
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     arguments = ["--budget", str(BUDGET), "--warmup", "2", "--ep-size", "8", "--max-batch-size", "8"]
-    limits = ["--max-queue-size", "32", "--max-input-len", "128", "--max-output-len", "256"]
+    limits = ["--max-queue-size", "32", "--max-input-len", "128", "--max-output-len", "512"]
     made = Servers(tmp_path_factory.mktemp("triton"), *arguments, *limits)
     yield made
     made.close()
@@ -193,21 +193,21 @@ def test_an_answer_that_ends_with_end_id(server: Server, spoken: tuple[list[int]
 
 def _cancel_grpc_stream(server: Server) -> None:
     stream = Stream(server)
-    stream.send(PROMPT, 256, end_id=-1)
+    stream.send(PROMPT, 512, end_id=-1)
     assert stream.take()[1]
     stream.close(cancel=True)
 
 
 def _cancel_grpc(server: Server) -> None:
     stream = Stream(server)
-    stream.send(PROMPT, 256, end_id=-1, stream=False)
+    stream.send(PROMPT, 512, end_id=-1, stream=False)
     wait_for(lambda: server.metrics()["xshare_running_requests"] == 1)
     stream.close(cancel=True)
 
 
 def _drop_http_stream(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=30)
-    body = json.dumps(server.body(PROMPT, 256, end_id=-1, stream=True))
+    body = json.dumps(server.body(PROMPT, 512, end_id=-1, stream=True))
     connection.request("POST", "/v2/models/tensorrt_llm/generate_stream", body)
     connection.getresponse().readline()
     connection.close()
@@ -220,17 +220,17 @@ def test_cancelled_requests_stop_the_model(server: Server, cancel: Callable[[Ser
     count = before.get(CANCELLED, 0)
     after = wait_for(lambda: now if (now := server.metrics()).get(CANCELLED, 0) > count else None)
     tokens = "xshare_output_tokens_total"
-    assert after[CANCELLED] == count + 1 and after[tokens] - before[tokens] < 256
+    assert after[CANCELLED] == count + 1 and after[tokens] - before[tokens] < 512
 
 
 def test_a_request_stops_another_by_its_id(server: Server) -> None:
     stream, other = Stream(server), Stream(server)
-    stream.send(PROMPT, 256, "the long one", end_id=-1)
+    stream.send(PROMPT, 512, "the long one", end_id=-1)
     stream.take()
     other.send(PROMPT, name="the long one", stop=True)
     assert other.read() == ([], "")
     texts, error = stream.read()
-    assert not error and len(texts) < 255
+    assert not error and len(texts) < 511
     other.send(PROMPT, stop=True)
     assert "stop: the request needs the id" in other.read()[1]
     stream.close()
@@ -250,8 +250,8 @@ BAD_REQUESTS = {
     "empty": ({"text_input": ""}, "text_input: is empty"),
     "long": ({"text_input": "word " * 200}, "the prompt has"),
     "very long": ({"text_input": "word " * 20000}, "at most 4096 are taken"),
-    "negative": ({"max_tokens": -1}, "max_tokens=-1: must be from 1 to 256"),
-    "huge": ({"max_tokens": 2**31 - 1}, "must be from 1 to 256"),
+    "negative": ({"max_tokens": -1}, "max_tokens=-1: must be from 1 to 512"),
+    "huge": ({"max_tokens": 2**31 - 1}, "must be from 1 to 512"),
     "overflow": ({"max_tokens": 2**40}, ""),
     "text for a number": ({"max_tokens": "many"}, ""),
     "number for a text": ({"text_input": 17}, ""),

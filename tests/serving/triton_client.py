@@ -58,9 +58,13 @@ class Server:
         if self.process.poll() is not None:
             pytest.fail(f"tritonserver ended: {self.log.read_text()[-3000:]}")
         try:
-            return self.call("GET", "/v2/health/ready")[0] == 200
+            answers = (
+                self.call("GET", "/v2/health/ready"),
+                self.call("GET", "/metrics", port=self.metrics_port),
+            )
         except OSError:
             return False
+        return all(status == 200 for status, _ in answers)
 
     def body(self, text: Any, max_tokens: Any = 8, **options: Any) -> dict[str, Any]:
         """A request for the `generate` endpoint."""
@@ -145,8 +149,9 @@ def triton_input(module: Any, contract: Contract, name: str, value: Any) -> Any:
 
 
 def shared_memory() -> set[str]:
-    """What tritonservers with a supervisor have there."""
-    return {region.name for region in Path("/dev/shm").glob("xshare_*")}
+    """What supervisors that have ended left there."""
+    names = {region.name for region in Path("/dev/shm").glob("xshare_*")}
+    return {name for name in names if not psutil.pid_exists(int(name.split("_")[1]))}
 
 
 def tritonserver() -> str:

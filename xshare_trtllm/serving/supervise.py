@@ -196,7 +196,7 @@ class Supervisor:
                     is_done = False
                     break
                 time.sleep(POLL)
-        return server.stop() and is_done
+        return is_done and server.stop()  # else it is killed
 
     def _may_restart(self, limit: int) -> bool:
         now = time.monotonic()

@@ -29,7 +29,7 @@ from xshare_trtllm.serving.models.common import one, parameters, pb_utils, refus
 from xshare_trtllm.serving.text import load_tokenizer
 
 CHECK_PERIOD = 0.02  # seconds between two looks at what clients have cancelled
-METRICS_PERIOD = 1.0  # seconds between two updates of the metrics endpoint
+METRICS_PERIOD = 0.2  # seconds between two updates of the metrics endpoint: a short request is seen
 MAX_TOKENS = 32  # of a request that does not say: SamplingParams' default
 _LONGEST_TOKEN = 32  # bytes of text that one token of a prompt may stand for, before it is refused unread
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
