@@ -237,11 +237,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
             color=colour,
             linewidth=1,
         )
+        others = sorted((row for row in settings if row not in dial), key=lambda row: -row[field])
         for row in settings:
             x, y = row["active_experts"], 100 * (row[field] - 1)
             if row not in dial:
                 axis.plot(x, y, "s", color=colour, fillstyle="none")
-            above = {"xytext": (-6, 6), "ha": "right"} if row in dial else {"xytext": (6, -12)}
+            below = {"xytext": (8, 9 - 12 * others.index(row))} if row in others else {}
+            above = below or {"xytext": (-6, 6), "ha": "right"}
             label = row["name"].removeprefix("coverage ")
             axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **above)
         axis.set_xlabel("active experts per layer and step; numbers are coverages")
