@@ -242,10 +242,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
             x, y = row["active_experts"], 100 * (row[field] - 1)
             if row not in dial:
                 axis.plot(x, y, "s", color=colour, fillstyle="none")
-            below = {"xytext": (8, 9 - 12 * others.index(row))} if row in others else {}
-            above = below or {"xytext": (-6, 6), "ha": "right"}
+            at: dict[str, Any] = {"xytext": (-6, 6), "ha": "right"}
+            if row in others:
+                at = {"xytext": (8, 9 - 12 * others.index(row))}
             label = row["name"].removeprefix("coverage ")
-            axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **above)
+            axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, **at)
         axis.set_xlabel("active experts per layer and step; numbers are coverages")
         axis.set_ylabel(title)
         axis.margins(x=0.2, y=0.15)
