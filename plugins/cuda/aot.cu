@@ -64,5 +64,5 @@ extern "C" XSHARE_AOT_CLUSTER XSHARE_AOT_ENTRY(XSHARE_AOT_THREADS)
     args.t.expert_ids = expert_ids;
     args.t.expert_weights = expert_weights;
     args.t.active_experts = active_experts;
-    xshare::route_step<XSHARE_AOT_EXPERTS_PER_LANE>(args);
+    xshare::route_step<XSHARE_AOT_EXPERTS_PER_LANE, XSHARE_AOT_BLOCKS>(args);
 }

@@ -23,8 +23,19 @@ constexpr int kPortableTeamSize = 8, kMaxTeamSize = 16;
 // more would compete for them.
 constexpr int kTeamRows = 8;
 
-// The most threads of the step kernel, by the registers that a row takes.
+constexpr int kRowThreads = 256;  // of the kernels for many rows
+
+// The most threads of a step kernel, by the registers that a row takes.
 constexpr int step_threads(int experts_per_lane) { return experts_per_lane <= 12 ? 512 : 384; }
+
+// Rows that one block takes though there are clusters: as many as 900 instructions each keep the four
+// schedulers of a multiprocessor busy with for about as long as one row's chain of them and a cluster's
+// barrier take. A row of more experts has twice as many.
+constexpr int block_rows(int experts_per_lane) { return experts_per_lane <= 4 ? 16 : 8; }
+
+// Rows that one block takes in one launch where there are no clusters; needs no workspace. More rows than
+// this keep one multiprocessor busy for longer than a memset and a second kernel take.
+constexpr int kBlockRows = 32;
 
 struct RouteArgs {
     xshare_route_params p;
@@ -44,6 +55,24 @@ struct RouteArgs {
     }
     XSHARE_METHOD bool stands_aside(uint32_t num_real_rows) const {
         return is_off() || (p.max_rows >= 0 && num_real_rows > static_cast<uint32_t>(p.max_rows));
+    }
+    // What most decode steps are: the kernels that are built ahead know these without the rest.
+    XSHARE_METHOD bool is_plain() const {
+        return p.utility == XSHARE_SQUARED_WEIGHT && p.request_budget == 0 && p.gpu_budget == 0 &&
+               p.max_rows < 0 && t.expert_gpu == nullptr && t.masked_logits == nullptr &&
+               t.stats == nullptr && t.step_bias == nullptr && t.dial == nullptr;
+    }
+    XSHARE_METHOD RouteArgs as_plain() const {
+        RouteArgs args = *this;
+        args.p.utility = XSHARE_SQUARED_WEIGHT;
+        args.p.request_budget = args.p.gpu_budget = 0;
+        args.p.max_rows = -1;
+        args.t.expert_gpu = nullptr;
+        args.t.masked_logits = nullptr;
+        args.t.stats = nullptr;
+        args.t.step_bias = nullptr;
+        args.t.dial = nullptr;
+        return args;
     }
     // Whether every row's own top-k must be known, and not its warm-up alone.
     XSHARE_METHOD bool needs_own_choice() const {

@@ -3,10 +3,8 @@
 // which runs the threads of a launch on the host. Warps are always whole: blocks have a multiple of 32
 // threads, and all lanes call a warp primitive together.
 //
-// A team is the blocks of one launch that see each other's shared memory: a cluster on sm_90, one block
-// before it. A barrier of the team is team_arrive, which publishes what the thread wrote, and team_wait;
-// team_leave instead of the former says no more than that the thread is done with its peers' memory, which
-// spares it a fence.
+// A team is the blocks of one launch that see each other's shared memory: a cluster from sm_90 on, one block
+// before it (Team, below).
 #ifndef XSHARE_CUDA_DEVICE_CUH
 #define XSHARE_CUDA_DEVICE_CUH
 
@@ -66,29 +64,31 @@ XSHARE_DEVICE Chunk load(const void* from) {
 
 #if __CUDA_ARCH__ >= 900
 
-XSHARE_DEVICE int team_size() { return static_cast<int>(__clusterSizeInBlocks()); }
-XSHARE_DEVICE int team_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
+XSHARE_DEVICE int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
+XSHARE_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
 template <typename Type>
 XSHARE_DEVICE Type* of_peer(Type* shared, int rank) {
     return static_cast<Type*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
 }
-XSHARE_DEVICE void team_arrive() { __cluster_barrier_arrive(); }
-XSHARE_DEVICE void team_leave() { __cluster_barrier_arrive_relaxed(); }
-XSHARE_DEVICE void team_wait() { __cluster_barrier_wait(); }
-XSHARE_DEVICE void await_previous_kernel() { cudaGridDependencySynchronize(); }
-XSHARE_DEVICE void allow_next_kernel() { cudaTriggerProgrammaticLaunchCompletion(); }
+XSHARE_DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
+XSHARE_DEVICE void cluster_leave() { __cluster_barrier_arrive_relaxed(); }
+XSHARE_DEVICE void cluster_wait() { __cluster_barrier_wait(); }
+XSHARE_DEVICE void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+XSHARE_DEVICE void allow_next_kernel() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 #else
 
-XSHARE_DEVICE int team_size() { return 1; }
-XSHARE_DEVICE int team_rank() { return 0; }
+XSHARE_DEVICE int cluster_size() { return 1; }
+XSHARE_DEVICE int cluster_rank() { return 0; }
 template <typename Type>
 XSHARE_DEVICE Type* of_peer(Type* shared, int) {
     return shared;
 }
-XSHARE_DEVICE void team_arrive() {}
-XSHARE_DEVICE void team_leave() {}
-XSHARE_DEVICE void team_wait() {}
+XSHARE_DEVICE void cluster_arrive() {}
+XSHARE_DEVICE void cluster_leave() {}
+XSHARE_DEVICE void cluster_wait() {}
 XSHARE_DEVICE void await_previous_kernel() {}
 XSHARE_DEVICE void allow_next_kernel() {}
 
@@ -127,12 +127,39 @@ XSHARE_DEVICE uint64_t warp_add_wide(uint64_t value) {
     return (high << 26) + warp_add(static_cast<uint32_t>(value) & 0x3ffffffu);
 }
 
-// A barrier for the whole team.
-XSHARE_DEVICE void sync_team() {
-    if (team_size() == 1) return sync_block();
-    team_arrive();
-    team_wait();
-}
+// Of kSize blocks, or of as many as the launch says where that is 0. A barrier is arrive, which publishes what
+// the thread wrote, and wait. leave says no more than that the thread is done with its peers' memory, which
+// spares it a fence; nobody may end before all have left.
+template <int kSize>
+struct Team {
+    static constexpr bool kIsBlock = kSize == 1;
+
+    XSHARE_DEVICE_METHOD static int size() { return kSize != 0 ? kSize : cluster_size(); }
+    XSHARE_DEVICE_METHOD static int rank() { return kIsBlock ? 0 : cluster_rank(); }
+    template <typename Type>
+    XSHARE_DEVICE_METHOD static Type* of_peer(Type* shared, int rank) {
+        return kIsBlock ? shared : device::of_peer(shared, rank);
+    }
+    XSHARE_DEVICE_METHOD static void arrive() {
+        if (!kIsBlock) cluster_arrive();
+    }
+    XSHARE_DEVICE_METHOD static void wait() {
+        if (kIsBlock)
+            sync_block();
+        else
+            cluster_wait();
+    }
+    XSHARE_DEVICE_METHOD static void sync() {
+        arrive();
+        wait();
+    }
+    XSHARE_DEVICE_METHOD static void leave() {
+        if (!kIsBlock) cluster_leave();
+    }
+    XSHARE_DEVICE_METHOD static void wait_for_leaving() {
+        if (!kIsBlock) cluster_wait();
+    }
+};
 
 }  // namespace device
 }  // namespace xshare

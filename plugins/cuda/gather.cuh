@@ -26,14 +26,12 @@ XSHARE_DEVICE void clear(Gathered<V>& gathered) {
     for (int i = device::thread(); i < kWords; i += device::num_threads()) words[i] = 0;
 }
 
-// A row's `num` best of all experts, and what they are worth to it. Returns this lane's weight.
+// A row's `num` best of all experts, and what they are worth to it.
 template <int V>
-XSHARE_DEVICE float choose_own(const RouteArgs& args, int index, int num, Row<V>& row) {
+XSHARE_DEVICE void choose_own(const RouteArgs& args, int index, int num, Row<V>& row) {
     row.own = take_best(row.keys, num);
-    if (num == 0) return 0.0f;
-    const float weight = weigh(args, index, row.own);
-    row.utility = static_cast<uint32_t>(fixed_point(mul_rn(weight, weight)));
-    return weight;
+    row.weight = num == 0 ? 0.0f : weigh(args, index, row.own);
+    row.utility = static_cast<uint32_t>(fixed_point(mul_rn(row.weight, row.weight)));
 }
 
 // Calls add(place, utility) for what a row adds to the column sums, as far as it is not 0. Places as in
@@ -51,19 +49,17 @@ XSHARE_DEVICE void for_each_utility(const RouteArgs& args, const Row<V>& row, Ad
     }
 }
 
-// Stages 1 and 2 of one row: its own choice, its warm-up and its part of the sums. Its own choice is written
-// if it is known as a whole: it is the outcome unless S lacks one of it.
+// Stages 1 and 2 of one row: its own choice, its warm-up and its part of the sums.
 template <int V>
 XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gathered<V>& gathered) {
     score_row(args, index, false, row);
     if (row.kind == RowKind::kPadding) return;
     if (device::lane() == 0) device::atomic_add(&gathered.num_real_rows, 1u);
     const bool shared = row.kind == RowKind::kShared;
-    const bool whole = !shared || args.needs_own_choice();
-    const float weight = choose_own(args, index, whole ? args.p.top_k : args.p.warmup, row);
-    if (whole) write_row(args, index, row.own, weight);
+    row.is_whole = !shared || args.needs_own_choice();
+    choose_own(args, index, row.is_whole ? args.p.top_k : args.p.warmup, row);
     if (row.own.is_here()) {
-        if (whole) add_expert<V>(gathered.sets.before, row.own.id);
+        if (row.is_whole) add_expert<V>(gathered.sets.before, row.own.id);
         if (!shared) add_expert<V>(gathered.sets.exempt, row.own.id);
         if (!shared && args.t.stats != nullptr) add_expert<V>(gathered.sets.after, row.own.id);
         if (shared && device::lane() < args.p.warmup) add_expert<V>(gathered.sets.warmup, row.own.id);
@@ -71,6 +67,12 @@ XSHARE_DEVICE void gather_row(const RouteArgs& args, int index, Row<V>& row, Gat
     if (args.is_off() || !shared) return;
     for_each_utility(
         args, row, [&](int place, uint32_t utility) { device::atomic_add(&gathered.sums[place], utility); });
+}
+
+// A gathered row's own choice, if it is known as a whole: it is the outcome unless S lacks one of it.
+template <int V>
+XSHARE_DEVICE void write_own(const RouteArgs& args, int index, const Row<V>& row) {
+    if (row.is_whole) write_row(args, index, row.own, row.weight);
 }
 
 }  // namespace xshare

@@ -2,15 +2,14 @@
 #ifndef XSHARE_CUDA_KERNELS_H
 #define XSHARE_CUDA_KERNELS_H
 
-#include "cuda/plan.h"
+#include "xshare/xshare_plan.h"
 
 namespace xshare {
 
-constexpr int kRowThreads = 256;  // of the other kernels
-
-// A kernel that takes a RouteArgs, for rows of up to 32 * V experts. Built once per V (kernels.cu).
+// A kernel that takes a RouteArgs, for rows of up to 32 * V experts. Built once per V (kernels.cu). Of a step
+// there is one for plain calls alone (RouteArgs::is_plain), of a third of the code.
 template <int V>
-__attribute__((visibility("hidden"))) const void* kernel_of(Kernel kernel);
+__attribute__((visibility("hidden"))) const void* kernel_of(xshare_kernel kernel, bool plain);
 
 }  // namespace xshare
 

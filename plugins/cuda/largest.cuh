@@ -5,8 +5,6 @@
 #ifndef XSHARE_CUDA_LARGEST_CUH
 #define XSHARE_CUDA_LARGEST_CUH
 
-#include <type_traits>
-
 #include "cuda/row.cuh"
 
 namespace xshare {
@@ -46,8 +44,16 @@ XSHARE_DEVICE uint64_t share_of(double coverage, uint64_t total) {
 }
 
 // Of a lane's sums in a step, which are at most 2^28 each, 32 bits hold up to 15.
+template <bool kFits>
+struct SumType {
+    using Type = uint64_t;
+};
+template <>
+struct SumType<true> {
+    using Type = uint32_t;
+};
 template <int V, typename Sum>
-using SumOfLane = std::conditional_t < sizeof(Sum) == 4 && V<16, uint32_t, uint64_t>;
+using SumOfLane = typename SumType<sizeof(Sum) == 4 && (V < 16)>::Type;
 
 // 1 or 0, for sums below half of what the type holds: less to execute than a comparison whose outcome is
 // added.

@@ -2,61 +2,57 @@
 // From a checked call to its launches on a stream.
 #include "cuda/route.h"
 
+#include <stdlib.h>
+
 #include <atomic>
 
 #include "cuda/kernels.h"
+#include "cuda/plan.h"
 
 namespace xshare {
 
 template <>
-const void* kernel_of<1>(Kernel);
+const void* kernel_of<1>(xshare_kernel, bool);
 template <>
-const void* kernel_of<2>(Kernel);
+const void* kernel_of<2>(xshare_kernel, bool);
 template <>
-const void* kernel_of<4>(Kernel);
+const void* kernel_of<4>(xshare_kernel, bool);
 template <>
-const void* kernel_of<8>(Kernel);
+const void* kernel_of<8>(xshare_kernel, bool);
 template <>
-const void* kernel_of<12>(Kernel);
+const void* kernel_of<12>(xshare_kernel, bool);
 template <>
-const void* kernel_of<16>(Kernel);
+const void* kernel_of<16>(xshare_kernel, bool);
 
 namespace {
 
-const void* find_kernel(Kernel kernel, int experts_per_lane) {
+const void* find_kernel(xshare_kernel kernel, bool plain, int experts_per_lane) {
     switch (experts_per_lane) {
         case 1:
-            return kernel_of<1>(kernel);
+            return kernel_of<1>(kernel, plain);
         case 2:
-            return kernel_of<2>(kernel);
+            return kernel_of<2>(kernel, plain);
         case 4:
-            return kernel_of<4>(kernel);
+            return kernel_of<4>(kernel, plain);
         case 8:
-            return kernel_of<8>(kernel);
+            return kernel_of<8>(kernel, plain);
         case 12:
-            return kernel_of<12>(kernel);
+            return kernel_of<12>(kernel, plain);
         default:
-            return kernel_of<16>(kernel);
+            return kernel_of<16>(kernel, plain);
     }
 }
 
-struct Device {
-    int ordinal;
-    bool is_hopper;  // or newer: clusters and programmatic launches
-    int num_multiprocessors;
-};
-
-cudaError_t find_device(Device& found) {
-    int major = 0;
-    cudaError_t error = cudaGetDevice(&found.ordinal);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, found.ordinal);
-    if (error == cudaSuccess)
-        error =
-            cudaDeviceGetAttribute(&found.num_multiprocessors, cudaDevAttrMultiProcessorCount, found.ordinal);
-    found.is_hopper = major >= 9;
-    return error;
+int number_from_environment(const char* name, int otherwise) {
+    const char* text = getenv(name);
+    return text == nullptr || text[0] == '\0' ? otherwise : atoi(text);
 }
+
+// What the kernels for one number of experts can do on one device.
+struct Fit {
+    xshare_gpu gpu;
+    bool overlaps;  // programmatic launches
+};
 
 cudaLaunchAttribute cluster_of(int team_size) {
     cudaLaunchAttribute attribute = {};
@@ -66,56 +62,80 @@ cudaLaunchAttribute cluster_of(int team_size) {
     return attribute;
 }
 
-// A cluster of more than kPortableTeamSize blocks must be allowed for the kernel.
-cudaError_t allow_largest_team(const void* kernel) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
-// Whether the device has room for the step kernel's largest team, asked once. Some have not: it must lie in
-// one group of multiprocessors.
-bool takes_largest_team(const Device& device, int experts_per_lane) {
-    enum : char { kUnknown, kNo, kYes };
-    constexpr int kNumDevices = 64;
-    static std::atomic<char> known[kNumDevices][kMaxExperts / 32 + 1];
-    if (device.ordinal >= kNumDevices) return false;
-    std::atomic<char>& answer = known[device.ordinal][experts_per_lane];
-    if (answer == kUnknown) {
-        const void* kernel = find_kernel(Kernel::kStep, experts_per_lane);
-        cudaLaunchAttribute cluster = cluster_of(kMaxTeamSize);
+// The largest cluster that the device has room for: it must lie in one group of multiprocessors, of which some
+// devices have few. One of more than kPortableTeamSize blocks must be allowed for the kernel.
+int find_largest_team(int experts_per_lane) {
+    int most = std::min(number_from_environment("XSHARE_CLUSTER_SIZE", kMaxTeamSize), kMaxTeamSize);
+    for (const bool plain : {false, true}) {
+        const void* kernel = find_kernel(XSHARE_KERNEL_TEAM, plain, experts_per_lane);
+        if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
+            most = std::min(most, kPortableTeamSize);
+    }
+    const void* kernel = find_kernel(XSHARE_KERNEL_TEAM, false, experts_per_lane);
+    for (int size = kMaxTeamSize; size > 1; size /= 2) {
+        if (size > most) continue;
+        cudaLaunchAttribute cluster = cluster_of(size);
         cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(kMaxTeamSize);
+        config.gridDim = dim3(static_cast<unsigned>(size));
         config.blockDim = dim3(static_cast<unsigned>(step_threads(experts_per_lane)));
         config.attrs = &cluster;
         config.numAttrs = 1;
         int num_clusters = 0;
-        cudaError_t error = allow_largest_team(kernel);
-        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config);
-        if (error != cudaSuccess) cudaGetLastError();  // or the next call would report it
-        answer = error == cudaSuccess && num_clusters > 0 ? kYes : kNo;
+        if (cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config) == cudaSuccess && num_clusters > 0)
+            return size;
     }
-    return answer == kYes;
+    return 1;
 }
 
-int max_team_size(const Device& device, int num_tokens, int experts_per_lane) {
-    if (!device.is_hopper) return 1;
-    const bool is_large = num_tokens > kPortableTeamSize * kTeamRows;
-    return is_large && takes_largest_team(device, experts_per_lane) ? kMaxTeamSize : kPortableTeamSize;
+// Also loads the kernels, all of them, so that any later call may be captured.
+cudaError_t fit(int ordinal, int experts_per_lane, Fit& found) {
+    int major = 0;
+    found.gpu.struct_size = sizeof found.gpu;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&found.gpu.num_multiprocessors, cudaDevAttrMultiProcessorCount,
+                                       ordinal);
+    bool is_hopper = true;
+    for (int kernel = 0; kernel < XSHARE_NUM_KERNELS && error == cudaSuccess; ++kernel) {
+        for (const bool plain : {false, true}) {
+            cudaFuncAttributes image = {};
+            if (error == cudaSuccess)
+                error = cudaFuncGetAttributes(
+                    &image, find_kernel(static_cast<xshare_kernel>(kernel), plain, experts_per_lane));
+            is_hopper = is_hopper && is_hopper_code(major, image.ptxVersion);
+        }
+    }
+    if (error != cudaSuccess) return error;
+    found.gpu.max_cluster_size = is_hopper ? find_largest_team(experts_per_lane) : 1;
+    found.overlaps = is_hopper && number_from_environment("XSHARE_PROGRAMMATIC_LAUNCH", 1) != 0;
+    cudaGetLastError();  // or the next call would report what a device has not
+    return cudaSuccess;
 }
 
-// The thresholds are estimates until they have been measured.
-Machine fit_to(const Device& device, int num_tokens, int experts_per_lane) {
-    Machine machine = {};
-    machine.max_team_size = max_team_size(device, num_tokens, experts_per_lane);
-    machine.max_step_threads = step_threads(experts_per_lane);
-    machine.row_threads = kRowThreads;
-    machine.max_row_blocks = std::max(4 * device.num_multiprocessors, 264);  // a block's sums hold 4095 rows
-    machine.block_rows = step_threads(experts_per_lane) / 32;
-    machine.team_rows = kTeamRows;
-    machine.max_block_rows = kBlockRows;
-    return machine;
+// Asked once per device and number of experts.
+cudaError_t find_fit(int experts_per_lane, Fit& found) {
+    constexpr int kNumDevices = 64;
+    enum : char { kUnknown, kWriting, kKnown };
+    static std::atomic<char> states[kNumDevices][kMaxExperts / 32 + 1];
+    static Fit fits[kNumDevices][kMaxExperts / 32 + 1];
+    int ordinal = 0;
+    const cudaError_t error = cudaGetDevice(&ordinal);
+    if (error != cudaSuccess) return error;
+    if (ordinal >= kNumDevices) return fit(ordinal, experts_per_lane, found);
+    std::atomic<char>& state = states[ordinal][experts_per_lane];
+    if (state.load(std::memory_order_acquire) == kKnown) {
+        found = fits[ordinal][experts_per_lane];
+        return cudaSuccess;
+    }
+    const cudaError_t asked = fit(ordinal, experts_per_lane, found);
+    char unknown = kUnknown;
+    if (asked != cudaSuccess || !state.compare_exchange_strong(unknown, kWriting)) return asked;
+    fits[ordinal][experts_per_lane] = found;
+    state.store(kKnown, std::memory_order_release);
+    return cudaSuccess;
 }
 
-cudaError_t launch(const Launch& launch, RouteArgs args, bool programmatic, cudaStream_t stream) {
+cudaError_t launch(const xshare_launch& launch, RouteArgs args, bool programmatic, cudaStream_t stream) {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(launch.num_blocks));
@@ -127,12 +147,9 @@ cudaError_t launch(const Launch& launch, RouteArgs args, bool programmatic, cuda
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = 1;
     }
-    if (launch.team_size > 1) attributes[config.numAttrs++] = cluster_of(launch.team_size);
-    const void* kernel = find_kernel(launch.kernel, experts_per_lane(args.p.num_experts));
-    if (launch.team_size > kPortableTeamSize) {
-        const cudaError_t error = allow_largest_team(kernel);
-        if (error != cudaSuccess) return error;
-    }
+    if (launch.cluster_size > 1) attributes[config.numAttrs++] = cluster_of(launch.cluster_size);
+    const void* kernel = find_kernel(static_cast<xshare_kernel>(launch.kernel), args.is_plain(),
+                                     experts_per_lane(args.p.num_experts));
     void* arguments[] = {&args};
     return cudaLaunchKernelExC(&config, kernel, arguments);
 }
@@ -140,16 +157,15 @@ cudaError_t launch(const Launch& launch, RouteArgs args, bool programmatic, cuda
 }  // namespace
 
 cudaError_t route_on_device(const RouteArgs& args, cudaStream_t stream) {
-    Device device = {};
-    cudaError_t error = find_device(device);
+    const int lanes = experts_per_lane(args.p.num_experts);
+    Fit found = {};
+    cudaError_t error = find_fit(lanes, found);
     if (error != cudaSuccess) return error;
-    const Plan plan =
-        make_plan(args, fit_to(device, args.p.num_tokens, experts_per_lane(args.p.num_experts)));
-    const bool many_rows = plan.launches[0].kernel != Kernel::kStep;
-    if (many_rows) error = cudaMemsetAsync(args.workspace, 0, Workspace(args).cleared_size(), stream);
+    const xshare_launch_plan plan = make_plan(args, fit_to(found.gpu, args.p.num_tokens, lanes));
+    if (plan.cleared_size > 0) error = cudaMemsetAsync(args.workspace, 0, plan.cleared_size, stream);
     for (int i = 0; i < plan.num_launches && error == cudaSuccess; ++i) {
-        const bool follows_memset = many_rows && i == 0;
-        error = launch(plan.launches[i], args, device.is_hopper && !follows_memset, stream);
+        const bool follows_memset = plan.cleared_size > 0 && i == 0;
+        error = launch(plan.launches[i], args, found.overlaps && !follows_memset, stream);
     }
     return error;
 }

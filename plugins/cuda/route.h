@@ -8,11 +8,6 @@
 
 namespace xshare {
 
-// That one block takes in one launch where there are no clusters; needs no workspace. More rows than this
-// keep one multiprocessor busy (about 900 to 1800 instructions each) for longer than a memset and a second
-// kernel take.
-constexpr int kBlockRows = 32;
-
 // All arguments have been checked.
 cudaError_t route_on_device(const RouteArgs& args, cudaStream_t stream);
 

@@ -15,7 +15,7 @@
 
 namespace xshare {
 
-constexpr float kInfinity = __builtin_huge_valf();
+XSHARE_DEVICE float infinity() { return bits_float(0x7f800000); }
 
 enum class RowKind { kPadding, kExempt, kShared };
 
@@ -38,6 +38,8 @@ struct Row {
     uint32_t available;  // where the row may go, if masked_logits are asked for: this lane's bits
     Picks own;           // the best of all experts, as far as they have been picked
     uint32_t utility;    // of this lane's pick in `own`: its squared weight
+    float weight;        // of this lane's pick in `own`
+    bool is_whole;       // `own` is the row's own choice as a whole
 };
 
 template <int V>
@@ -137,8 +139,8 @@ XSHARE_DEVICE RowKind load_row(const RouteArgs& args, int index, float (&logits)
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         logits[i] = widen(bits[i], args.p.logits_dtype);
-        readable = readable && logits[i] < kInfinity;
-        banned = banned || logits[i] == -kInfinity;
+        readable = readable && logits[i] < infinity();
+        banned = banned || logits[i] == -infinity();
     }
     has_bans = device::ballot(banned) != 0;
     if (device::ballot(!readable) != 0 || names_nobody) return RowKind::kPadding;

@@ -70,6 +70,7 @@ XSHARE_DEVICE void gather_rows(const RouteArgs& args) {
     Row<V> row;
     for (int index = first_row(); index < args.p.num_tokens; index += row_step()) {
         gather_row(args, index, row, gathered);
+        write_own(args, index, row);
         if (args.p.request_budget == 0 || device::lane() != 0) continue;
         if (row.kind == RowKind::kShared)
             enter_request(w, static_cast<uint32_t>(args.t.request_ids[index]), index);

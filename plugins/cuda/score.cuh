@@ -56,7 +56,7 @@ XSHARE_DEVICE void score_sigmoid(const float (&bias)[V], const float (&logits)[V
 template <int V>
 XSHARE_DEVICE void strike_out_banned(const float (&logits)[V], int32_t (&keys)[V]) {
     XSHARE_UNROLL
-    for (int i = 0; i < V; ++i) keys[i] = logits[i] == -kInfinity ? kUnavailable : keys[i];
+    for (int i = 0; i < V; ++i) keys[i] = logits[i] == -infinity() ? kUnavailable : keys[i];
 }
 
 // Asked for before the logits have arrived, so that there is one wait for both.
@@ -79,6 +79,7 @@ XSHARE_DEVICE void score_row(const RouteArgs& args, int index, bool kind_alone, 
     row.kind = load_row(args, index, logits, has_bans);
     row.own = {0, 0, kUnavailable};
     row.available = row.utility = 0;
+    row.is_whole = false;
     if (row.kind == RowKind::kPadding || (kind_alone && !has_bans)) return;
     if (args.p.scoring == XSHARE_SIGMOID_BIAS)
         score_sigmoid(bias, logits, num_here, row);

@@ -40,11 +40,11 @@ struct StepShared {
 };
 
 // What the blocks of the team gathered.
-template <int V>
+template <int V, typename Team>
 class TeamSource {
   public:
     XSHARE_DEVICE_METHOD TeamSource(const RouteArgs& args, Gathered<V>& own)
-        : own_(own), size_(device::team_size()), proposing_(args.p.request_budget > 0) {}
+        : own_(own), proposing_(args.p.request_budget > 0) {}
 
     XSHARE_DEVICE_METHOD uint32_t set_word(int i) const {
         uint32_t bits = 0;
@@ -66,43 +66,47 @@ class TeamSource {
     // Eight blocks are read at once.
     template <typename Visit>
     XSHARE_DEVICE_METHOD void for_each_block(uint32_t* word, Visit visit) const {
-        for (int first = 0; first < size_; first += kPortableTeamSize) {
-            XSHARE_UNROLL
-            for (int i = 0; i < kPortableTeamSize; ++i)
-                if (first + i < size_) visit(*device::of_peer(word, first + i));
+        if constexpr (Team::kIsBlock) {
+            visit(*word);
+        } else {
+            for (int first = 0; first < Team::size(); first += kPortableTeamSize) {
+                XSHARE_UNROLL
+                for (int i = 0; i < kPortableTeamSize; ++i)
+                    if (first + i < Team::size()) visit(*Team::of_peer(word, first + i));
+            }
         }
     }
 
     Gathered<V>& own_;
-    const int size_;
     const bool proposing_;
 };
 
 // Rows and then requests, where there is a warp for each row: a request's rows are scored side by side, and
 // stay in their warps for stage 5.
-template <int V>
+template <typename Team, int V>
 XSHARE_DEVICE int gather_requests_at_once(const RouteArgs& args, int this_warp, int team_warps,
                                           StepShared<V>& shared, Row<V>& row) {
     if (this_warp < args.p.num_tokens) {
         gather_row(args, this_warp, row, shared.gathered);
         publish_row(args, row, shared.proposing.scored);
     }
-    device::sync_team();
+    Team::sync();
     const auto add_row = [&](int index, uint32_t (&sums)[V]) {
-        const int size = device::team_size();
-        add_lanes(device::of_peer(shared.proposing.scored.utility[index / size], index % size), sums);
+        const int size = Team::size();
+        add_lanes(Team::of_peer(shared.proposing.scored.utility[index / size], index % size), sums);
     };
     gather_requests(args, this_warp, team_warps, shared.proposing.rows, add_row, shared.gathered);
     return this_warp < args.p.num_tokens ? this_warp : -1;
 }
 
-// Returns the row whose scores are left in `row`, or -1.
-template <int V>
+// Returns the row that is left in `row`, whose own choice has not been written yet, or -1.
+template <typename Team, int V>
 XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_warps, StepShared<V>& shared,
                               Row<V>& row) {
     int last = -1;
     if (args.p.request_budget == 0) {
         for (int index = this_warp; index < args.p.num_tokens; index += team_warps) {
+            if (last >= 0) write_own(args, last, row);
             gather_row(args, index, row, shared.gathered);
             last = index;
         }
@@ -110,9 +114,10 @@ XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_war
     }
     enter_rows(args, shared.proposing.rows);
     if (args.p.num_tokens <= team_warps)
-        return gather_requests_at_once(args, this_warp, team_warps, shared, row);
+        return gather_requests_at_once<Team>(args, this_warp, team_warps, shared, row);
     device::sync_block();
     const auto add_row = [&](int index, uint32_t (&sums)[V]) {
+        if (last >= 0) write_own(args, last, row);
         gather_row(args, index, row, shared.gathered);
         last = index;
         publish_row(args, row, shared.proposing.scored);
@@ -139,8 +144,8 @@ XSHARE_DEVICE void refine_step(const RouteArgs& args, int this_warp, int team_wa
     }
 }
 
-template <int V>
-XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source, StepShared<V>& shared) {
+template <int V, typename Source>
+XSHARE_DEVICE void tally_step(const RouteArgs& args, const Source& source, StepShared<V>& shared) {
     if (device::thread() < device::kWarpSize) {
         shared.deciding.tally.sets.before[device::thread()] =
             shared.deciding.selection.sets.before[device::thread()];
@@ -153,12 +158,14 @@ XSHARE_DEVICE void tally_step(const RouteArgs& args, const TeamSource<V>& source
                    shared.deciding.tally);
 }
 
-template <int V>
+// By a team of kTeam blocks; 0 = as many as the launch says.
+template <int V, int kTeam>
 XSHARE_DEVICE void route_step(const RouteArgs& args) {
+    using Team = device::Team<kTeam>;
     XSHARE_SHARED(StepShared<V>, shared);
-    const int rank = device::team_rank();
-    const int this_warp = device::warp() * device::team_size() + rank;
-    const int team_warps = device::num_warps() * device::team_size();
+    const int rank = Team::rank();
+    const int this_warp = device::warp() * Team::size() + rank;
+    const int team_warps = device::num_warps() * Team::size();
     clear(shared.gathered);
     if (args.p.request_budget > 0) clear(shared.proposing.rows);
     device::await_previous_kernel();
@@ -166,12 +173,14 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
     device::sync_block();
 
     Row<V> row;
-    const int scored = gather_step(args, this_warp, team_warps, shared, row);
-    device::sync_team();
-    const TeamSource<V> source(args, shared.gathered);
+    const int scored = gather_step<Team>(args, this_warp, team_warps, shared, row);
+    Team::arrive();  // before the row is written: its fence would wait for that
+    if (scored >= 0) write_own(args, scored, row);
+    Team::wait();
+    const TeamSource<V, Team> source(args, shared.gathered);
     merge_step(args, source, shared.deciding.selection);
     device::sync_block();
-    if (args.t.stats == nullptr) device::team_leave();
+    if (args.t.stats == nullptr) Team::leave();
     select_experts(args, shared.deciding.selection);
     refine_step(args, this_warp, team_warps, scored, shared, row);
     if (rank == 0)
@@ -179,11 +188,11 @@ XSHARE_DEVICE void route_step(const RouteArgs& args) {
             args, shared.deciding.selection.stands_aside,
             args.is_shadow() ? shared.deciding.selection.sets.before : shared.deciding.selection.active);
     if (args.t.stats != nullptr) {
-        device::sync_team();
-        if (rank == 0) tally_step(args, source, shared);
-        device::team_leave();
+        Team::sync();
+        if (rank == 0) tally_step<V>(args, source, shared);
+        Team::leave();
     }
-    device::team_wait();
+    Team::wait_for_leaving();
 }
 
 }  // namespace xshare

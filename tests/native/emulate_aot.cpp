@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "cuda/aot.cu"
-#include "cuda/kernels.h"
 #include "cuda/plan.h"
 
 namespace {
@@ -62,9 +61,9 @@ EXPORT void plan(int num_tokens, int has_clusters, int* blocks, int* threads) {
     Machine machine = {};
     machine.max_team_size = has_clusters != 0 ? kPortableTeamSize : 1;
     machine.max_step_threads = kMostThreads;
-    machine.block_rows = kMostThreads / 32;
+    machine.block_rows = block_rows(XSHARE_AOT_EXPERTS_PER_LANE);
     machine.team_rows = kTeamRows;
-    const Launch step = plan_step(args, machine);
+    const xshare_launch step = plan_step(args, machine);
     *blocks = step.num_blocks;
     *threads = step.num_threads;
 }

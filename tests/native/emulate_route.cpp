@@ -14,9 +14,8 @@
 #include <random>
 #include <vector>
 
+#include "cuda/kernel.cuh"
 #include "cuda/plan.h"
-#include "cuda/rows.cuh"
-#include "cuda/step.cuh"
 
 using namespace xshare;
 
@@ -38,34 +37,42 @@ float normal() { return std::normal_distribution<float>()(generator); }
 // ---- The launches -----------------------------------------------------------------------------------------
 
 struct Job {
-    Kernel kernel;
+    int kernel;
     RouteArgs args;
 };
+
+// The step kernels are built for plain calls too.
+template <int kKernel, int V>
+void run_step(const RouteArgs& args) {
+    run_kernel<kKernel, V>(args.is_plain() ? args.as_plain() : args);
+}
 
 template <int V>
 void run_thread(const void* argument) {
     const Job& job = *static_cast<const Job*>(argument);
     switch (job.kernel) {
-        case Kernel::kStep:
-            return route_step<V>(job.args);
-        case Kernel::kGatherRows:
-            return gather_rows<V>(job.args);
-        case Kernel::kPlaceRequests:
-            return place_requests(job.args);
-        case Kernel::kOrderRows:
-            return order_rows(job.args);
-        case Kernel::kPropose:
-            return propose<V>(job.args);
-        case Kernel::kRefineRows:
-            return refine_rows<V>(job.args);
-        case Kernel::kTallyRows:
-            return tally_rows<V>(job.args);
+        case XSHARE_KERNEL_BLOCK:
+            return run_step<XSHARE_KERNEL_BLOCK, V>(job.args);
+        case XSHARE_KERNEL_TEAM:
+            return run_step<XSHARE_KERNEL_TEAM, V>(job.args);
+        case XSHARE_KERNEL_GATHER_ROWS:
+            return run_kernel<XSHARE_KERNEL_GATHER_ROWS, V>(job.args);
+        case XSHARE_KERNEL_PLACE_REQUESTS:
+            return run_kernel<XSHARE_KERNEL_PLACE_REQUESTS, V>(job.args);
+        case XSHARE_KERNEL_ORDER_ROWS:
+            return run_kernel<XSHARE_KERNEL_ORDER_ROWS, V>(job.args);
+        case XSHARE_KERNEL_PROPOSE:
+            return run_kernel<XSHARE_KERNEL_PROPOSE, V>(job.args);
+        case XSHARE_KERNEL_REFINE_ROWS:
+            return run_kernel<XSHARE_KERNEL_REFINE_ROWS, V>(job.args);
+        case XSHARE_KERNEL_TALLY_ROWS:
+            return run_kernel<XSHARE_KERNEL_TALLY_ROWS, V>(job.args);
     }
 }
 
-void run_launch(const Launch& launch, const RouteArgs& args) {
+void run_launch(const xshare_launch& launch, const RouteArgs& args) {
     const Job job = {launch.kernel, args};
-    const emulation::Shape shape = {launch.num_blocks, launch.num_threads, launch.team_size};
+    const emulation::Shape shape = {launch.num_blocks, launch.num_threads, launch.cluster_size};
     switch (experts_per_lane(args.p.num_experts)) {
         case 1:
             return emulation::launch(shape, run_thread<1>, &job);
@@ -101,7 +108,7 @@ void route_emulated(RouteArgs args, const Machine& machine) {
     const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.data()) + kWorkspaceAlignment - 1;
     args.workspace = reinterpret_cast<unsigned char*>(start / kWorkspaceAlignment * kWorkspaceAlignment);
     memset(args.workspace, 0, Workspace(args).cleared_size());
-    const Plan plan = make_plan(args, machine);
+    const xshare_launch_plan plan = make_plan(args, machine);
     for (int i = 0; i < plan.num_launches; ++i) run_launch(plan.launches[i], args);
 }
 
@@ -263,6 +270,14 @@ struct Call {
     }
 };
 
+// What most decode steps are, which have kernels of their own.
+xshare_route_params plain(xshare_route_params p) {
+    p.utility = XSHARE_SQUARED_WEIGHT;
+    p.request_budget = p.gpu_budget = 0;
+    p.max_rows = -1;
+    return p;
+}
+
 // Contents that only the device functions accept, and what they stand for.
 void spoil(Call& call, Call& meant) {
     for (float& b : call.bias)
@@ -369,7 +384,9 @@ bool share_is_least() {
 
 bool run_case() {
     if (!share_is_least()) return false;
-    Call call(random_params());
+    const bool is_plain = one_in(4);
+    Call call(is_plain ? plain(random_params()) : random_params());
+    if (is_plain) call.dial.clear(), call.expert_gpu.clear();
     Call meant = call;
     if (one_in(4)) spoil(call, meant);
     Wanted wanted;
@@ -377,6 +394,7 @@ bool run_case() {
     const bool may_have_bias =
         call.p.scoring == XSHARE_SIGMOID_BIAS && call.p.num_groups == 1 && call.p.warmup > 0;
     wanted.bias = may_have_bias && one_in(2);
+    if (is_plain) wanted.masked = wanted.bias = wanted.stats = false;
     const Machine machine = random_machine();
     Outputs expected(call, 0x5a), got(call, 0x5a);
     for (int32_t& g : meant.expert_gpu) g = std::min(std::max(g, 0), call.p.num_experts - 1);

@@ -84,15 +84,15 @@ XSHARE_DEVICE Chunk load(const void* from) {
     return chunk;
 }
 
-XSHARE_DEVICE int team_size() { return emulation::place().team_size; }
-XSHARE_DEVICE int team_rank() { return emulation::place().block % emulation::place().team_size; }
+XSHARE_DEVICE int cluster_size() { return emulation::place().team_size; }
+XSHARE_DEVICE int cluster_rank() { return emulation::place().block % emulation::place().team_size; }
 template <typename Type>
 XSHARE_DEVICE Type* of_peer(Type* shared, int rank) {
     return static_cast<Type*>(emulation::of_peer(shared, rank));
 }
-XSHARE_DEVICE void team_arrive() { emulation::arrive_team(); }
-XSHARE_DEVICE void team_leave() { emulation::arrive_team(); }
-XSHARE_DEVICE void team_wait() { emulation::wait_team(); }
+XSHARE_DEVICE void cluster_arrive() { emulation::arrive_team(); }
+XSHARE_DEVICE void cluster_leave() { emulation::arrive_team(); }
+XSHARE_DEVICE void cluster_wait() { emulation::wait_team(); }
 XSHARE_DEVICE void await_previous_kernel() {}
 XSHARE_DEVICE void allow_next_kernel() {}
 
