@@ -16,7 +16,7 @@ stop() {
 [[ $# -ge 1 && $1 != -* ]] || stop "give a recipe: $(cd "$root" && echo engines/*.yaml)"
 case $1 in
     *.sm_80.yaml) architecture=sm_80 ;;
-    *.sm_90.yaml) architecture=sm_90a ;;
+    *.sm_90.yaml) architecture=sm_90 ;;
     *) stop "$1: a recipe's name ends in .sm_80.yaml or .sm_90.yaml" ;;
 esac
 [[ -f $1 ]] || stop "$1: no such file"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Builds libxshare_cuda.so and libnvinfer_plugin_xshare.so into xshare_trtllm/lib, where everything looks for them.
 #
-#     build_scripts/build_plugin.sh [sm_80|sm_90a|both|edge] [aarch64]       (default: both, for this machine)
+#     build_scripts/build_plugin.sh [sm_80|sm_90|...|all] [aarch64]
 #
-# `edge` is what TensorRT Edge-LLM runs on: Orin (87), Thor (110), DGX Spark (121), RTX (86, 89, 120), A100, B200, B300
-# and PTX for what comes; an architecture alone (sm_110) builds faster. `aarch64` builds libnvinfer_plugin_xshare.so
-# for Jetson, DRIVE and DGX Spark on an x86-64 machine, into build/plugin-<architectures>-aarch64; it needs
-# aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu) and CUDA's libraries for aarch64 in CUDA_AARCH64, the folder
-# with libcudart_static.a and libcudadevrt.a (of the wheel nvidia-cuda-runtime, or targets/sbsa-linux/lib).
+# By default for what most have (plugins/cuda/architectures.cmake); one architecture alone builds faster, `all` is
+# every one that the kernels know, Orin (87), Thor (110) and DGX Spark (121) among them, and PTX for what comes.
+# `aarch64` builds libnvinfer_plugin_xshare.so for Jetson, DRIVE and DGX Spark on an x86-64 machine, into
+# build/plugin-<architectures>-aarch64; it needs aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu) and CUDA's
+# libraries for aarch64 in CUDA_AARCH64, the folder with libcudart_static.a and libcudadevrt.a (of the wheel
+# nvidia-cuda-runtime, or targets/sbsa-linux/lib).
 #
 # Needs cmake, a C++17 compiler, nvcc and TensorRT's headers; no GPU. nvcc is taken from CUDACXX, PATH,
 # /usr/local/cuda or the Python packages nvidia-cuda-*; the headers from TENSORRT_ROOT, the system or the Python
@@ -32,14 +33,17 @@ find_nvcc() {
     done
 }
 
-edge=(80 86 87 89 90a 100 103 110 120 121)
-case ${1:-both} in
-    both) architectures='80-real;90a-real' ;;
-    edge) architectures="$(printf '%s-real;' "${edge[@]}")120-virtual" ;;
-    sm_*) [[ " ${edge[*]} " == *" ${1#sm_} "* ]] && architectures=${1#sm_}-real ;;
+list_of() { # the numbers of one line of the one list
+    sed -n "s/^set(XSHARE_$1_ARCHITECTURES \(.*\))$/\1/p" plugins/cuda/architectures.cmake
+}
+
+read -ra all <<<"$(list_of ALL)"
+case ${1:-default} in
+    default) architectures=$(list_of DEFAULT | tr ' ' ';') ;;
+    all) architectures="$(printf '%s-real;' "${all[@]}")90-virtual" ;;
+    sm_*) [[ " ${all[*]} " == *" ${1#sm_} "* ]] && architectures=${1#sm_}-real ;;
 esac
-[[ -n ${architectures:-} ]] ||
-    stop "unknown architecture '$1': give sm_80 (A100), sm_90a (H100, H200), both, edge or one of ${edge[*]/#/sm_}"
+[[ -n ${architectures:-} ]] || stop "unknown architecture '$1': give all, or one of ${all[*]/#/sm_}, or nothing"
 target=${2:-$HOSTTYPE}
 [[ $target == aarch64 || $target == "$HOSTTYPE" ]] || stop "unknown machine '$target': give aarch64, or none"
 python=$(command -v "${PYTHON:-python3}") || stop "no Python: set PYTHON"
@@ -48,7 +52,7 @@ nvcc=$(find_nvcc)
 [[ -n $nvcc ]] || stop "no nvcc: install the CUDA toolkit and set CUDACXX, or" \
     "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
 
-build=build/plugin-${1:-both}
+build=build/plugin-${1:-default}
 if [[ $target != "$HOSTTYPE" ]]; then build+=-$target; fi
 lib=xshare_trtllm/lib
 log=$build/build.log
@@ -88,7 +92,7 @@ if [[ $target != "$HOSTTYPE" ]]; then
     mkdir -p "$lib"
 fi
 rm -rf "$build/CMakeCache.txt" "$build"/CMakeFiles/[0-9]* # or an earlier compiler and headers would stay
-echo "== ${1:-both} with $("$nvcc" --version | grep -o 'release.*') ($nvcc)"
+echo "== ${architectures//;/ } with $("$nvcc" --version | grep -o 'release.*') ($nvcc)"
 CUDACXX=$nvcc cmake -S plugins -B "$build" "${options[@]}" >"$build/configure.log" 2>&1 ||
     { tail -n 30 "$build/configure.log" >&2; stop "not configured, see $build/configure.log"; }
 grep -o 'TensorRT [0-9.]* headers from .*' "$build/configure.log"

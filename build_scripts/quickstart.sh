@@ -10,21 +10,22 @@ cd "$(dirname "$0")/.."
 
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 || true)
 case $capability in
-    9.0) architecture=sm_90a recipe=engines/gpt-oss-20b.sm_90.yaml ;;
-    8.*) architecture=sm_80 recipe=engines/Qwen3-30B-A3B.sm_80.yaml ;;
     "")
         echo "== no GPU here: the demo on the CPU"
         exec make demo
         ;;
-    *)
-        echo "== no kernels for compute capability $capability (they are for 8.x and 9.0): the demo on the CPU"
+    8.*) architecture=sm_80 recipe=engines/Qwen3-30B-A3B.sm_80.yaml ;;
+    [0-7].*)
+        echo "== no kernels for compute capability $capability (they are for 8.0 and newer): the demo on the CPU"
         exec make demo
         ;;
+    9.0) architecture=sm_90 recipe=engines/gpt-oss-20b.sm_90.yaml ;;
+    *) architecture="" recipe="a recipe of your own (none is for this GPU yet)" ;;
 esac
 
-echo "== a GPU of compute capability $capability: the plugin for $architecture"
+echo "== a GPU of compute capability $capability: the plugin${architecture:+ for $architecture}"
 make .venv/ready
 export PATH=$PWD/.venv/bin:$PATH # cmake and ninja are there
-PYTHON=python build_scripts/build_plugin.sh "$architecture"
+PYTHON=python build_scripts/build_plugin.sh ${architecture:+"$architecture"}
 xshare doctor
 echo "== next, where TensorRT-LLM is installed: build_scripts/build_engine.sh $recipe"

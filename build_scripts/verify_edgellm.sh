@@ -106,7 +106,7 @@ fi
 [[ -n ${1:-} && -e $1/config.json ]] || stop "name a folder with a checkpoint: ${1:-none} has no config.json"
 checkpoint=$(cd "$1" && pwd)
 folder=${2:-build/verify_edgellm}
-[[ -f $plugin ]] || stop "$plugin is not there: build_scripts/build_plugin.sh edge, or set XSHARE_PLUGIN"
+[[ -f $plugin ]] || stop "$plugin is not there: build_scripts/build_plugin.sh all, or set XSHARE_PLUGIN"
 for name in llm_build llm_bench llm_inference; do
     command -v "${EDGELLM_BIN:+$EDGELLM_BIN/}$name" >/dev/null || stop "no $name: set EDGELLM_BIN"
 done

@@ -47,4 +47,6 @@ xshare_status xshare_route_cuda(const xshare_route_params* params, const xshare_
     return status == XSHARE_OK ? run(args, static_cast<cudaStream_t>(stream)) : status;
 }
 
+const char* xshare_cuda_architectures(void) { return XSHARE_ARCHITECTURES; }
+
 }  // extern "C"

@@ -59,13 +59,13 @@ XSHARE_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& num
     return creators;
 }
 
-// What the library was built from: its version and the TensorRT headers.
+// What the library was built from and for: its version, the TensorRT headers and the architectures.
 XSHARE_EXPORT const char* xshare_plugin_build() {
 #define XSHARE_TEXT_OF(number) #number
 #define XSHARE_DOTTED(a, b, c) XSHARE_TEXT_OF(a) "." XSHARE_TEXT_OF(b) "." XSHARE_TEXT_OF(c)
 #define XSHARE_OWN XSHARE_DOTTED(XSHARE_VERSION_MAJOR, XSHARE_VERSION_MINOR, XSHARE_VERSION_PATCH)
 #define XSHARE_HEADERS XSHARE_DOTTED(NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH)
-    return XSHARE_OWN ", TensorRT " XSHARE_HEADERS " headers";
+    return XSHARE_OWN ", TensorRT " XSHARE_HEADERS " headers, code for " XSHARE_ARCHITECTURES;
 }
 
 XSHARE_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {

@@ -110,7 +110,7 @@ def test_contract(machine: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     (
-        ("XSHARE_PLUGIN", "nowhere is not there: build_scripts/build_plugin.sh edge"),
+        ("XSHARE_PLUGIN", "nowhere is not there: build_scripts/build_plugin.sh all"),
         ("EDGELLM_BIN", "no llm_build: set EDGELLM_BIN"),
         ("EDGELLM_PLUGIN_PATH", "EDGELLM_PLUGIN_PATH does not name"),
     ),

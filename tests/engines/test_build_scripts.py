@@ -54,7 +54,7 @@ def bare(tmp_path: Path) -> Path:
     """A PATH with nothing but what the scripts take for granted."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for command in ("bash", "env", "dirname", "head", "python3"):
+    for command in ("bash", "env", "dirname", "head", "python3", "sed", "tr"):
         found = shutil.which(command)
         assert found is not None
         (folder / command).symlink_to(found)
@@ -62,15 +62,16 @@ def bare(tmp_path: Path) -> Path:
 
 
 def test_build_plugin_says_what_is_missing(bare: Path) -> None:
-    assert "give sm_80 (A100), sm_90a (H100, H200), both, edge or one of" in refusal(
-        "build_plugin.sh", "sm_70"
-    )
+    known = "sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_110 sm_120 sm_121"
+    for wrong in ("sm_70", "sm_90a", "edge"):
+        refused = refusal("build_plugin.sh", wrong)
+        assert f"unknown architecture '{wrong}': give all, or one of {known}" in refused
     assert "no cmake: pip install cmake ninja" in refusal("build_plugin.sh", path=str(bare))
     assert "no Python: set PYTHON" in refusal("build_plugin.sh", PYTHON="/nowhere/python")
 
 
 def nothing_to_build() -> bool:
-    build = ROOT / "build" / "plugin-both"
+    build = ROOT / "build" / "plugin-default"
     if not (build / "build.ninja").is_file() or shutil.which("ninja") is None:
         return False
     dry = ["ninja", "-C", str(build), "-n", "xshare_cuda", "nvinfer_plugin_xshare"]
@@ -79,14 +80,14 @@ def nothing_to_build() -> bool:
     )
 
 
-@pytest.mark.skipif(not nothing_to_build(), reason="needs a finished build_scripts/build_plugin.sh both")
+@pytest.mark.skipif(not nothing_to_build(), reason="needs a finished build_scripts/build_plugin.sh")
 def test_build_plugin_again_compiles_nothing_and_installs_both() -> None:
-    done = run(SCRIPTS / "build_plugin.sh", "both", JOBS="1")
+    done = run(SCRIPTS / "build_plugin.sh", JOBS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Building" not in done.stdout
     assert "headers from" in done.stdout
     for name in ("libxshare_cuda.so", "libnvinfer_plugin_xshare.so"):
-        built = (ROOT / "build" / "plugin-both" / name).read_bytes()
+        built = (ROOT / "build" / "plugin-default" / name).read_bytes()
         assert (ROOT / "xshare_trtllm" / "lib" / name).read_bytes() == built
         assert f"{name}: {len(built)} bytes" in done.stdout
 
@@ -109,7 +110,8 @@ def test_build_engine_says_what_is_wrong() -> None:
         (None, ["make demo"], "no GPU here"),
         ("7.5", ["make demo"], "no kernels for compute capability 7.5"),
         ("8.6", ["make .venv/ready", "build_plugin.sh sm_80"], "engines/Qwen3-30B-A3B.sm_80.yaml"),
-        ("9.0", ["make .venv/ready", "build_plugin.sh sm_90a"], "engines/gpt-oss-20b.sm_90.yaml"),
+        ("9.0", ["make .venv/ready", "build_plugin.sh sm_90"], "engines/gpt-oss-20b.sm_90.yaml"),
+        ("12.0", ["make .venv/ready", "build_plugin.sh "], "a recipe of your own"),
     ],
 )
 def test_contract_quickstart_takes_the_way_that_fits(

@@ -414,7 +414,7 @@ def test_ptxas_spills_nothing(name: str, tmp_path: Path) -> None:
     built = KERNELS[name]
     ptxas = Path(str(find_nvcc())).resolve().with_name("ptxas")
     (tmp_path / "aot.ptx").write_text(compiled(name))
-    architecture = {"SM80": "sm_80", "SM90": "sm_90a"}[built.compute_capability]
+    architecture = {"SM80": "sm_80", "SM90": "sm_90"}[built.compute_capability]
     command = (str(ptxas), "-v", f"-arch={architecture}", str(tmp_path / "aot.ptx"))
     report = run_well(*command, "-o", str(tmp_path / "aot.cubin"))
     print(f"{name} {architecture}:", report)
