@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xshare_trtllm.config import RouterSpec, XShareConfig
-    from xshare_trtllm.routing import Routing, RoutingStats, mask_logits, route
+    from xshare_trtllm.routing import Routing, RoutingStats, mask_logits, route, warm_up
 
 __version__ = "0.1.0"
-__all__ = ["RouterSpec", "Routing", "RoutingStats", "XShareConfig", "__version__", "mask_logits", "route"]
+__all__ = [
+    *("RouterSpec", "Routing", "RoutingStats", "XShareConfig", "__version__"),
+    *("mask_logits", "route", "warm_up"),
+]
 
 _HOME = {  # where each name lives: imported when first asked for, so that the configuration needs no torch
     "RouterSpec": "config",
@@ -19,6 +22,7 @@ _HOME = {  # where each name lives: imported when first asked for, so that the c
     "RoutingStats": "routing",
     "mask_logits": "routing",
     "route": "routing",
+    "warm_up": "routing",
 }
 
 

@@ -1,11 +1,13 @@
 """`torch.ops.xshare.route` and `torch.ops.xshare.mask_logits`: the native libraries behind torch's dispatch.
 
-The libraries are a plain C ABI (plugins/include/xshare/), called through `ctypes` with the tensors'
-addresses, so that one build serves every torch version: libxshare.so for tensors on the host,
-libxshare_cuda.so for those on a CUDA device. Each is loaded at its first use, never at import.
+The library is a plain C ABI (plugins/include/xshare/), called through `ctypes` with the tensors' addresses, so
+that one build serves every torch version. For tensors on a CUDA device the kernels are compiled when a setting
+is first used (kernels/), or, where XSHARE_CUDA_LIBRARY names it or there is no cuda-python, those of
+libxshare_cuda.so are taken. Nothing is loaded at import.
 
 On a CUDA device a call is enqueued on torch's current stream, with outputs and workspace from torch's caching
-allocator and without host synchronisation: it can be captured in a CUDA graph, after one call before.
+allocator and without host synchronisation: it can be captured in a CUDA graph, after one call before with the
+same setting (`warm_up`).
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from xshare_trtllm import kernels
 from xshare_trtllm.config import MODES, NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
 
 LIBRARY = Path(__file__).parent / "lib" / "libxshare.so"
-CUDA_LIBRARY = Path(os.environ.get("XSHARE_CUDA_LIBRARY", LIBRARY.with_name("libxshare_cuda.so")))
-HOW_TO_BUILD_CUDA = "is not built: run `XSHARE_CUDA=1 pip install .` where nvcc is"
+CUDA_LIBRARY = Path(os.environ.get("XSHARE_CUDA_LIBRARY") or LIBRARY.with_name("libxshare_cuda.so"))
 NUM_STATS = 8
 
 _SCORING_CODES = {name: code for code, name in enumerate(SCORINGS)}
@@ -36,8 +38,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
 _CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
 
-_PARAMS = struct.Struct("@I6if7ifd")  # xshare_route_params
-_TENSORS = struct.Struct("@I12P")  # xshare_route_tensors
+_PARAMS, _TENSORS = kernels.PARAMS, kernels.TENSORS
 _DIAL = struct.Struct("@dii")  # xshare_dial
 _EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
 _EXPERTS_TENSORS = struct.Struct("@I6P")  # xshare_experts_tensors
@@ -64,8 +65,16 @@ def available() -> bool:
 
 
 def cuda_available() -> bool:
-    """True where libxshare_cuda.so is built and loads. It loads without a GPU; a call there then fails."""
-    return _load_cuda() is not None
+    """True where the kernels for a CUDA device are there or can be compiled. It does not ask for a GPU."""
+    return why_no_cuda() is None
+
+
+def why_no_cuda() -> str | None:
+    """What is missing for tensors on a CUDA device, with the command that helps; None = nothing."""
+    if _load_cuda() is not None or (kernels.why_not() is None and available()):
+        return None
+    compiling = kernels.why_not() or f"{LIBRARY.name} is not built"
+    return f"kernels cannot be compiled here ({compiling}), and {CUDA_LIBRARY.name} is not built"
 
 
 def version() -> str:
@@ -227,6 +236,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.xshare_experts_workspace_size.restype = ctypes.c_int
     library.xshare_experts_cpu.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     library.xshare_experts_cpu.restype = ctypes.c_int
+    library.xshare_plan_launches.argtypes = [ctypes.c_void_p] * 4
+    library.xshare_plan_launches.restype = ctypes.c_int
     library.xshare_last_error.restype = ctypes.c_char_p
     library.xshare_version.restype = ctypes.c_char_p
     return library
@@ -275,11 +286,15 @@ def _load_cuda() -> ctypes.CDLL | None:
     return library
 
 
-def _cuda_library() -> ctypes.CDLL:
-    library = _load_cuda()
-    if library is None:
-        raise RuntimeError(f"{CUDA_LIBRARY.name} {HOW_TO_BUILD_CUDA}")
-    return library
+@cache
+def _prebuilt() -> ctypes.CDLL | None:
+    """The library with kernels, where it was asked for or there is nothing else."""
+    problem = why_no_cuda()
+    if problem is not None:
+        raise RuntimeError(problem)
+    if kernels.why_not() is None and available() and not os.environ.get("XSHARE_CUDA_LIBRARY"):
+        return None
+    return _load_cuda()
 
 
 _settings_of: dict[tuple[int, int], tuple[Settings, RouterSpec, XShareConfig]] = {}
@@ -438,9 +453,12 @@ def _call_on_device(
 def _enqueue(params: bytes, tensors: bytes, device: torch.device) -> None:
     """On torch's current stream. What the call reads may be freed at once: torch's allocator hands memory on
     in the order of that stream."""
-    library, size = _cuda_library(), _cuda_workspace_size(params)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+    library = _prebuilt()
     with torch.cuda.device(device):
+        if library is None:
+            return kernels.enqueue(params, tensors, device, _plan_launches)
+        size = _cuda_workspace_size(params)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         stream = torch.cuda.current_stream().cuda_stream
         status = library.xshare_route_cuda(params, tensors, _address(workspace), size, stream)
     _raise_unless_ok(status, library)
@@ -448,9 +466,17 @@ def _enqueue(params: bytes, tensors: bytes, device: torch.device) -> None:
 
 @lru_cache(maxsize=1024)
 def _cuda_workspace_size(params: bytes) -> int:
-    library, needed = _cuda_library(), ctypes.c_size_t()
+    library, needed = _prebuilt(), ctypes.c_size_t()
+    assert library is not None
     _raise_unless_ok(library.xshare_cuda_workspace_size(params, ctypes.byref(needed)), library)
     return needed.value
+
+
+def _plan_launches(params: bytes, tensors: bytes, gpu: bytes) -> bytes:
+    """An `xshare_launch_plan`."""
+    plan = ctypes.create_string_buffer(struct.pack("@I", kernels.PLAN_BYTES), kernels.PLAN_BYTES)
+    _raise_unless_ok(_library().xshare_plan_launches(params, tensors, gpu, plan))
+    return plan.raw
 
 
 # ---- The operators ----------------------------------------------------------------------------------------

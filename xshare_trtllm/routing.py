@@ -1,4 +1,4 @@
-"""`route` and `mask_logits`: arguments checked, a backend chosen, the result named."""
+"""`route`, `mask_logits` and `warm_up`: arguments checked, a backend chosen, the result named."""
 
 from __future__ import annotations
 
@@ -140,6 +140,29 @@ def mask_logits(
     return masked
 
 
+def warm_up(
+    router_logits: Tensor,
+    spec: RouterSpec,
+    config: XShareConfig,
+    *,
+    correction_bias: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    exempt: Tensor | None = None,
+    expert_gpu: Tensor | None = None,
+) -> None:
+    """Makes `route` and `mask_logits` ready to be captured in a CUDA graph, for any number of rows.
+
+    On a CUDA device their kernels are compiled for what the arguments say: the router, the logits' dtype, which
+    limits are on and which tensors there are. That takes seconds, and milliseconds once they are on disk
+    (in XSHARE_CACHE, else ~/.cache/xshare-trtllm); a capture that comes first is refused. Arguments and errors
+    as for `route`.
+    """
+    tensors = (correction_bias, request_ids, exempt, expert_gpu)
+    run = _prepare(router_logits, spec, config, *tensors, "auto", False)
+    run.route(router_logits, spec, config, *tensors)
+    run.mask_logits(router_logits, spec, config, *tensors)
+
+
 def contiguous_placement(num_experts: int, num_gpus: int) -> Tensor:
     """[E] int32, the GPU of each expert where every GPU holds a contiguous slice, as TensorRT-LLM places
     them; the slices are of equal size, give or take one."""
@@ -260,7 +283,7 @@ def _backend(name: str, device: str) -> ModuleType:
     if name == "auto":
         return reference
     if device == "cuda":
-        raise ValueError(f"backend='native': libxshare_cuda.so {ops.HOW_TO_BUILD_CUDA}")
+        raise ValueError(f"backend='native': {ops.why_no_cuda()}")
     raise ValueError(
         "backend='native': libxshare.so is not built; install a C++ compiler and run `pip install .`"
     )

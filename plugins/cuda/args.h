@@ -96,6 +96,10 @@ struct RouteArgs {
     }
 };
 
+// Hosts that launch kernels themselves put the three after each other (xshare_plan.h).
+static_assert(sizeof(RouteArgs) ==
+              sizeof(xshare_route_params) + sizeof(xshare_route_tensors) + sizeof(unsigned char*));
+
 }  // namespace xshare
 
 #endif  // XSHARE_CUDA_ARGS_H

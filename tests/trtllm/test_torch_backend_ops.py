@@ -68,7 +68,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         devices.append(device)
         return nullcontext()
 
-    monkeypatch.setattr(ops, "_load_cuda", lambda: made)
+    monkeypatch.setattr(ops, "_prebuilt", lambda: made)
     monkeypatch.setattr(torch.cuda, "device", on_device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
     ops._cuda_workspace_size.cache_clear()
@@ -155,15 +155,18 @@ def test_contract_errors_are_the_librarys(status: int, kind: type[Exception], li
         ops._route_cuda(*inputs().values(), *ops.settings(SPEC, CONFIG))
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "CUDA_LIBRARY", ops.CUDA_LIBRARY.with_name("libnone.so"))
-    ops._load_cuda.cache_clear()
+    monkeypatch.setattr(ops.kernels, "why_not", lambda: "cuda-python is not installed: pip install it")
+    for function in (ops._load_cuda, ops._prebuilt):
+        function.cache_clear()
     try:
         assert not ops.cuda_available()
-        with pytest.raises(RuntimeError, match=r"libnone\.so is not built: run `XSHARE_CUDA=1 pip"):
-            ops._cuda_library()
+        with pytest.raises(RuntimeError, match=r"pip install it\), and libnone\.so is not built"):
+            ops._prebuilt()
     finally:
-        ops._load_cuda.cache_clear()
+        for function in (ops._load_cuda, ops._prebuilt):
+            function.cache_clear()
 
 
 def test_operators_are_registered_for_cuda_and_traced_without_a_gpu() -> None:
@@ -177,8 +180,9 @@ def test_operators_are_registered_for_cuda_and_traced_without_a_gpu() -> None:
     assert (ids.shape, weights.dtype, masked.dtype) == ((40, 8), torch.float32, torch.bfloat16)
 
 
-@pytest.mark.skipif(not ops.cuda_available(), reason="needs libxshare_cuda.so: XSHARE_CUDA=1 pip install .")
-def test_the_real_library_says_how_much_workspace_it_needs() -> None:
+@pytest.mark.skipif(ops._load_cuda() is None, reason="needs libxshare_cuda.so: XSHARE_CUDA=1 pip install .")
+def test_the_real_library_says_how_much_workspace_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_prebuilt", ops._load_cuda)
     ops._cuda_workspace_size.cache_clear()
     values = ops.settings(SPEC, XShareConfig(48))
     few, many = (ops._cuda_workspace_size(ops.pack_params(n, 256, torch.float32, values)) for n in (1, 4096))

@@ -219,7 +219,7 @@ class Enabled:
         _check_budgets(config, len(found), mapping)
         self._device = _device(first)
         if self._device.type == "cuda" and not ops.cuda_available():
-            raise RuntimeError(f"XShare: libxshare_cuda.so {ops.HOW_TO_BUILD_CUDA}")
+            raise RuntimeError(f"XShare: {ops.why_no_cuda()}")
         self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
         group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
         self._layers: list[_EnabledLayer] = [
