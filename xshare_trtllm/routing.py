@@ -130,8 +130,8 @@ def mask_logits(
 
     Arguments and errors as for `route`. Returns [T, E] in the logits' dtype. Exempt rows, and all real
     rows where XShare stands aside, are unchanged; padding rows are 0 inside the active experts.
-    Refuses `softmax_bias` and `softmax_bias_renorm`, too: over fewer experts a softmax is larger, and the same
-    bias ranks otherwise.
+    Refuses `softmax_bias` and `softmax_bias_renorm`, too: over fewer experts a softmax is larger, and the
+    same bias ranks otherwise.
     """
     if spec.rule.affinity == "softmax" and spec.rule.has_bias:
         raise ValueError(

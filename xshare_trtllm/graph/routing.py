@@ -239,12 +239,7 @@ class _Routing:
 
     def _score(self, bias: Any) -> tuple[Any, Any]:
         ops, rule = self.ops, self.spec.rule
-        affinities = {
-            "softmax": self._softmax,
-            "sigmoid": self._sigmoid,
-            "sqrt_softplus": self._sqrt_softplus,
-        }
-        affinity = affinities[rule.affinity]()
+        affinity = getattr(self, f"_{rule.affinity}")()
         ranking = self.logits if rule.ranked_by == "logits" else affinity
         if bias is not None:
             ranking = ops.binary("Add", ranking, ops.reshape(bias, (1, self.experts)))

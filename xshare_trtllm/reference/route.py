@@ -390,8 +390,8 @@ def sigmoid(logits: Tensor) -> Tensor:
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
-    """sqrt(log(1 + e^z)), elementwise; 0 where z < -87. log(1 + e) = 2 artanh(s), s = e / (2 + e), whose series
-    in s^2 is cut to a polynomial."""
+    """sqrt(log(1 + e^z)), elementwise; 0 where z < -87. log(1 + e) = 2 artanh(s) with s = e / (2 + e), whose
+    series in s^2 is cut to a polynomial."""
     e = exp(-logits.abs())
     s = e / (2.0 + e)
     t = s * s
