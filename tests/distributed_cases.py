@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xshare_trtllm import RouterSpec, Routing, XShareConfig
-from xshare_trtllm.config import SCORINGS, UTILITIES
+from xshare_trtllm.config import RULES, SCORINGS, UTILITIES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("normal", "ties", "zeros", "huge", "wide", "low")
@@ -70,7 +70,7 @@ def draw(seed: int, world: int) -> Case:
         gpu_budget=rng.choice((None, rng.randint(1, max(1, experts // 4)))),
         coverage=coverage,
         max_rows=rng.choice((None, None, rng.randint(1, 5 * world))),
-        utility=rng.choice(UTILITIES),
+        utility=rng.choice(UTILITIES if spec.rule.is_bounded else ("squared_weight",)),
     )
     logits = draw_logits(rng, generator, total, experts).to(rng.choice(DTYPES))
     for _ in range(rng.choice((0, 0, 1, 2)) if total else 0):
@@ -85,7 +85,7 @@ def draw(seed: int, world: int) -> Case:
         case.local_ids = torch.randint(-1, 4, (total,), generator=generator).to(dtype)
     if rng.random() < 0.4:
         case.exempt = torch.rand(total, generator=generator) < rng.choice((0.2, 0.9))
-    if spec.scoring == "sigmoid_bias" and rng.random() < 0.7:
+    if spec.rule.has_bias and rng.random() < 0.7:
         scale = rng.choice((0.1, 1.0, 0.0))
         case.shared["correction_bias"] = torch.randn(experts, generator=generator) * scale
     if config.gpu_budget is not None or rng.random() < 0.5:
@@ -96,7 +96,7 @@ def draw(seed: int, world: int) -> Case:
 
 def draw_spec(rng: random.Random) -> RouterSpec:
     scoring = rng.choice(SCORINGS)
-    groups = 1 if scoring == "topk_softmax" else rng.choice((1, 1, 2, 4))
+    groups = 1 if RULES[scoring].group_best_of == 0 else rng.choice((1, 1, 2, 4))
     experts = groups * (512 // groups if rng.random() < 0.03 else rng.randint(2, 24))
     top_k_groups = rng.randint(1, groups)
     top_k = rng.randint(1, min(16, top_k_groups * experts // groups))

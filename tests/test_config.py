@@ -69,7 +69,8 @@ def test_immutable(value, field):
         (
             (8, 2, "sofmax"),
             "RouterSpec(scoring='sofmax'): scoring must be "
-            "'softmax', 'softmax_renorm', 'topk_softmax' or 'sigmoid_bias'",
+            "'softmax', 'softmax_renorm', 'topk_softmax', 'sigmoid_bias', 'softmax_bias', "
+            "'softmax_bias_renorm', 'topk_sigmoid' or 'sqrt_softplus_bias'",
         ),
         (
             (8, 2, "topk_softmax", 2),

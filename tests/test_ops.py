@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xshare_trtllm import ops, reference
-from xshare_trtllm.config import SCORINGS, UTILITIES, RouterSpec, XShareConfig
+from xshare_trtllm.config import RULES, SCORINGS, UTILITIES, RouterSpec, XShareConfig
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason="libxshare.so is not built: pip install -e .")
 
@@ -61,7 +61,8 @@ def make_logits(generator: torch.Generator, num_tokens: int, num_experts: int, k
 @st.composite
 def calls(draw: st.DrawFn) -> Call:
     scoring = draw(st.sampled_from(SCORINGS))
-    num_groups = 1 if scoring == "topk_softmax" else draw(st.sampled_from((1, 1, 2, 4)))
+    rule = RULES[scoring]
+    num_groups = 1 if rule.group_best_of == 0 else draw(st.sampled_from((1, 1, 2, 4)))
     num_experts = num_groups * draw(st.integers(2, 24))
     if draw(st.integers(0, 9)) == 0:
         num_experts = num_groups * (512 // num_groups)
@@ -83,7 +84,7 @@ def calls(draw: st.DrawFn) -> Call:
         gpu_budget=maybe(st.integers(1, num_experts)),
         coverage=coverage,
         max_rows=maybe(st.integers(1, 40)),
-        utility=draw(st.sampled_from(UTILITIES)),
+        utility=draw(st.sampled_from(UTILITIES if rule.is_bounded else ("squared_weight",))),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     kind = draw(st.sampled_from(("normal", "ties", "zeros", "huge", "wide", "close", "low")))
@@ -97,7 +98,7 @@ def calls(draw: st.DrawFn) -> Call:
         logits = logits.masked_fill(banned, -torch.inf)
 
     extras: dict[str, torch.Tensor] = {}
-    if scoring == "sigmoid_bias" and draw(st.booleans()):
+    if rule.has_bias and draw(st.booleans()):
         bias = torch.randn(num_experts, generator=generator)
         extras["correction_bias"] = bias * draw(st.sampled_from((0.1, 1.0, 1e37, 0.0)))
     if config.request_budget is not None or draw(st.booleans()):
@@ -113,12 +114,20 @@ def calls(draw: st.DrawFn) -> Call:
     return logits, spec, config, extras
 
 
+LARGEST = torch.finfo(torch.float32).max
+BEYOND = (  # logit + bias would be infinite
+    torch.tensor([[LARGEST, -LARGEST, 1.0, -torch.inf, LARGEST, 0.0]]).repeat(3, 1),
+    RouterSpec(6, 4, "topk_sigmoid"),
+    XShareConfig(4),
+    {"correction_bias": torch.tensor([LARGEST, -LARGEST, 0.0, 1.0, LARGEST, -LARGEST])},
+)
 EMPTY_SET = (torch.full((2, 8), -50.0), RouterSpec(8, 2, "sigmoid_bias"), XShareConfig(2, warmup=0), {})
 
 
 @settings(max_examples=600, deadline=None)
 @given(calls())
 @example(EMPTY_SET)
+@example(BEYOND)
 def test_equals_reference(call: Call) -> None:
     assert_matches_reference(call)
 
@@ -130,6 +139,10 @@ MODELS = {
     "deepseek-v3": RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
     "kimi-k2": RouterSpec(384, 8, "sigmoid_bias", 1, 1, 2.827),
     "largest": RouterSpec(512, 16, "softmax"),
+    "ernie-4.5": RouterSpec(64, 6, "softmax_bias_renorm"),
+    "longcat-flash": RouterSpec(512, 12, "softmax_bias", 1, 1, 6.0),
+    "llama-4": RouterSpec(128, 1, "topk_sigmoid"),
+    "deepseek-v4": RouterSpec(256, 6, "sqrt_softplus_bias", 1, 1, 1.5),
 }
 
 
@@ -148,10 +161,10 @@ def test_equals_reference_at_model_shapes(model: str, dtype: torch.dtype) -> Non
         XShareConfig.off(spec),
         XShareConfig(spec.num_experts // 4),
         XShareConfig(spec.num_experts // 4, request_budget=12),
-        XShareConfig(spec.num_experts // 2, warmup=2, gpu_budget=spec.num_experts // 16),
+        XShareConfig(spec.num_experts // 2, warmup=min(2, spec.top_k), gpu_budget=spec.num_experts // 16),
         XShareConfig(spec.num_experts, warmup=1, request_budget=20, gpu_budget=12, coverage=0.6),
         XShareConfig(coverage=0.97),
-        XShareConfig(coverage=0.9, utility="affinity"),
+        XShareConfig(coverage=0.9, utility="affinity" if spec.rule.is_bounded else "squared_weight"),
     ):
         assert_matches_reference((logits, spec, config, extras))
 
@@ -284,7 +297,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"router_logits": torch.randn(2, 600)}, r"num_experts must be in 1\.\.512, not 600"),
     ({"router_logits": torch.randn(2, 3)}, "top_k=4 is more than num_experts=3"),
-    ({"correction_bias": torch.zeros(16)}, "correction_bias belongs to sigmoid_bias scoring alone"),
+    ({"correction_bias": torch.zeros(16)}, "correction_bias: softmax scoring has none"),
     ({"request_ids": torch.tensor([0, -2])}, r"request_ids\[1\]=-2 must be -1 \(padding\) or not negative"),
     ({"request_ids": torch.tensor([0, -(2**40)])}, r"request_ids\[1\]=-2 must be"),
     ({"request_ids": torch.tensor([2**40, -(2**40)])}, r"request_ids\[1\]=-2 must be"),

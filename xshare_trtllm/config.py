@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,8 +14,51 @@ MAX_EXPERTS = 512
 MAX_TOP_K = 16
 NO_LIMIT = 2**31 - 1
 
-Scoring = Literal["softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"]
+Scoring = Literal[
+    "softmax",
+    "softmax_renorm",
+    "topk_softmax",
+    "sigmoid_bias",
+    "softmax_bias",
+    "softmax_bias_renorm",
+    "topk_sigmoid",
+    "sqrt_softplus_bias",
+]
 SCORINGS: tuple[str, ...] = get_args(Scoring)
+
+
+class ScoringRule(NamedTuple):
+    """What a scoring is made of; everything that depends on it reads `RULES`.
+
+    affinity       of each logit, over the row or by itself
+    ranked_by      what the top-k sorts by
+    has_bias       a correction bias is added to that
+    group_best_of  a group's score is the sum of so many of its best; 0 = it has no groups
+    renormalises   divides the weights of a choice by their sum
+    """
+
+    affinity: Literal["softmax", "sigmoid", "sqrt_softplus"]
+    ranked_by: Literal["affinity", "logits"]
+    has_bias: bool
+    group_best_of: int
+    renormalises: bool
+
+    @property
+    def is_bounded(self) -> bool:
+        """True where no affinity is above 1."""
+        return self.affinity != "sqrt_softplus"
+
+
+RULES: Mapping[str, ScoringRule] = {
+    "softmax": ScoringRule("softmax", "affinity", False, 1, False),
+    "softmax_renorm": ScoringRule("softmax", "affinity", False, 1, True),
+    "topk_softmax": ScoringRule("softmax", "logits", False, 0, True),
+    "sigmoid_bias": ScoringRule("sigmoid", "affinity", True, 2, True),
+    "softmax_bias": ScoringRule("softmax", "affinity", True, 2, False),
+    "softmax_bias_renorm": ScoringRule("softmax", "affinity", True, 2, True),
+    "topk_sigmoid": ScoringRule("sigmoid", "logits", True, 0, False),
+    "sqrt_softplus_bias": ScoringRule("sqrt_softplus", "affinity", True, 2, True),
+}
 
 Utility = Literal["squared_weight", "affinity"]
 UTILITIES: tuple[str, ...] = get_args(Utility)
@@ -28,7 +71,7 @@ class RouterSpec(BaseModel):
 
     num_experts           routed experts of the layer, 1 to 512
     top_k                 experts per token, 1 to 16
-    scoring               `softmax`, `softmax_renorm`, `topk_softmax` or `sigmoid_bias`
+    scoring               one of `SCORINGS`, what the router makes of its logits
     num_groups            expert groups of a group-limited router (DeepSeek: `n_group`); 1 = no limit
     top_k_groups          groups that a token may use (DeepSeek: `topk_group`)
     routed_scaling_factor multiplies every expert weight
@@ -66,6 +109,10 @@ class RouterSpec(BaseModel):
         )
 
     @property
+    def rule(self) -> ScoringRule:
+        return RULES[self.scoring]
+
+    @property
     def experts_per_group(self) -> int:
         return self.num_experts // self.num_groups
 
@@ -78,15 +125,16 @@ class RouterSpec(BaseModel):
     def _fits_together(self) -> RouterSpec:
         if self.top_k > self.num_experts:
             raise _wrong(self, "top_k", f"top_k must be at most num_experts={self.num_experts}")
-        if self.num_groups > 1 and self.scoring == "topk_softmax":
-            raise _wrong(self, "num_groups", "topk_softmax has no expert groups, num_groups must be 1")
+        best_of = self.rule.group_best_of
+        if self.num_groups > 1 and best_of == 0:
+            raise _wrong(self, "num_groups", f"{self.scoring} has no expert groups, num_groups must be 1")
         if self.num_experts % self.num_groups:
             raise _wrong(self, "num_groups", f"num_groups must divide num_experts={self.num_experts}")
-        if self.num_groups > 1 and self.scoring == "sigmoid_bias" and self.experts_per_group < 2:
+        if self.num_groups > 1 and self.experts_per_group < best_of:
             raise _wrong(
                 self,
                 "num_groups",
-                "sigmoid_bias scores a group by its best two experts, "
+                f"{self.scoring} scores a group by its best two experts, "
                 f"num_groups must be at most {self.num_experts // 2}",
             )
         if self.top_k_groups > self.num_groups:
@@ -235,6 +283,12 @@ class XShareConfig(BaseModel):
                 raise ValueError(
                     f"XShareConfig({where}={budget}): budget must be at least top_k={spec.top_k}"
                 )
+        if self.utility == "affinity" and not spec.rule.is_bounded:
+            raise _wrong(
+                self,
+                "utility",
+                f"the scores of {spec.scoring} have no bound, one row could outweigh all; use squared_weight",
+            )
         if self.warmup > spec.top_k:
             raise _wrong(self, "warmup", f"warmup must be at most top_k={spec.top_k}")
         if self.warmup == 0 and spec.num_groups > 1:

@@ -98,7 +98,7 @@ def route(
 
     router_logits    [T, E] fp32, bf16 or fp16; -inf bans an expert from a row. A row with NaN, +inf or fewer
                      than k experts to choose from is treated as padding
-    correction_bias  [E] float, added to the ranking score (`sigmoid_bias` only; default zeros)
+    correction_bias  [E] float, added to the ranking score, of scorings that have one (default: zeros)
     request_ids      [T] int, the request of each row, >= 0; -1 = padding (default: every row is real)
     exempt           [T] bool, rows that keep their own top-k (prefill)
     expert_gpu       [E] int, the GPU (or other group) that holds each expert, 0 <= g < E. Where the
@@ -130,7 +130,14 @@ def mask_logits(
 
     Arguments and errors as for `route`. Returns [T, E] in the logits' dtype. Exempt rows, and all real
     rows where XShare stands aside, are unchanged; padding rows are 0 inside the active experts.
+    Refuses `softmax_bias` and `softmax_bias_renorm`, too: over fewer experts a softmax is larger, and the
+    same bias ranks otherwise.
     """
+    if spec.rule.affinity == "softmax" and spec.rule.has_bias:
+        raise ValueError(
+            f"mask_logits: {spec.scoring} cannot be masked, its bias would rank the larger scores of fewer "
+            "experts otherwise; use route"
+        )
     run = _prepare(
         router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu, backend, check
     )
@@ -208,8 +215,8 @@ def check_shapes(
         _refuse_tensor("router_logits", router_logits, _FLOATS, f"[rows, {experts}]")
     rows = (router_logits.shape[0],)
     if correction_bias is not None:
-        if spec.scoring != "sigmoid_bias":
-            raise ValueError(f"correction_bias: only sigmoid_bias has one, the scoring is {spec.scoring}")
+        if not spec.rule.has_bias:
+            raise ValueError(f"correction_bias: {spec.scoring} scoring has none")
         _check_vector("correction_bias", correction_bias, _FLOATS, (experts,))
     if request_ids is not None:
         _check_vector("request_ids", request_ids, _INTS, rows)

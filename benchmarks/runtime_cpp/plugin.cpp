@@ -31,7 +31,9 @@ IPluginCreatorV3One& creator_of(const std::string& library) {
 }
 
 const char* scoring_name(xshare_scoring scoring) {
-    constexpr const char* kNames[] = {"softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"};
+    constexpr const char* kNames[] = {"softmax",      "softmax_renorm",    "topk_softmax",
+                                      "sigmoid_bias", "softmax_bias",      "softmax_bias_renorm",
+                                      "topk_sigmoid", "sqrt_softplus_bias"};
     return kNames[scoring];
 }
 

@@ -10,8 +10,10 @@
 
 #if defined(__CUDACC__)
 #define XSHARE_FN static __host__ __device__ __forceinline__
+#define XSHARE_METHOD __host__ __device__ __forceinline__
 #else
 #define XSHARE_FN [[maybe_unused]] static inline __attribute__((always_inline))
+#define XSHARE_METHOD inline
 #endif
 
 namespace xshare {
@@ -39,6 +41,14 @@ XSHARE_FN float div_rn(float a, float b) {
     return __fdiv_rn(a, b);
 #else
     return a / b;
+#endif
+}
+
+XSHARE_FN float sqrt_rn(float a) {
+#if defined(__CUDA_ARCH__)
+    return __fsqrt_rn(a);
+#else
+    return __builtin_sqrtf(a);
 #endif
 }
 

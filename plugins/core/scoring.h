@@ -71,6 +71,27 @@ XSHARE_FN float sigmoid_fixed(float z) {
     return z >= 0.0f ? r : mul_rn(e, r);
 }
 
+// sqrt(log(1 + e^z)), relative error below 4e-7; 0 where z < -87. log(1 + e) is 2 artanh(e / (2 + e)), whose
+// series in the square of that, up to 1/9, is cut to a polynomial of relative error 2e-8.
+XSHARE_FN float sqrt_softplus_fixed(float z) {
+    const float e = exp_fixed(z >= 0.0f ? -z : z);
+    const float s = div_rn(e, add_rn(2.0f, e));
+    const float t = mul_rn(s, s);
+    float p = 0.268675476f;
+    p = add_rn(mul_rn(p, t), 0.282339573f);
+    p = add_rn(mul_rn(p, t), 0.400076717f);
+    p = add_rn(mul_rn(p, t), 0.666666389f);
+    p = add_rn(mul_rn(p, t), 2.0f);
+    return sqrt_rn(add_rn(z >= 0.0f ? z : 0.0f, mul_rn(s, p)));
+}
+
+// z + bias, finite where both are.
+XSHARE_FN float add_bias_to_logit(float z, float bias) {
+    const float most = 3.402823466e+38f, sum = add_rn(z, bias);
+    const float below = sum > most ? most : sum;
+    return below < -most ? -most : below;
+}
+
 // rint(e * 2^40) for 0 <= e <= 1 plus a constant: the bits of a double whose last place is 2^-40. As integers
 // they sum exactly in any order; softmax_scale takes the n constants off again.
 XSHARE_FN uint64_t softmax_term(float e) { return double_bits(static_cast<double>(e) + 6144.0); }

@@ -10,6 +10,7 @@
 #include "core/limits.h"
 #include "core/masking.h"
 #include "core/platform.h"
+#include "core/rules.h"
 #include "core/scoring.h"
 #include "xshare/xshare.h"
 
@@ -70,8 +71,9 @@ inline xshare_status check_shape(const xshare_route_params& p, Message& message)
         return refuse(message, bad, "top_k must be in 1..%d, not %d", kMaxTopK, p.top_k);
     if (p.top_k > p.num_experts)
         return refuse(message, bad, "top_k=%d is more than num_experts=%d", p.top_k, p.num_experts);
-    if (p.scoring < XSHARE_SOFTMAX || p.scoring > XSHARE_SIGMOID_BIAS)
-        return refuse(message, bad, "scoring must be in 0..3 (xshare_scoring), not %d", p.scoring);
+    if (p.scoring < XSHARE_SOFTMAX || p.scoring >= kNumScorings)
+        return refuse(message, bad, "scoring must be in 0..%d (xshare_scoring), not %d", kNumScorings - 1,
+                      p.scoring);
     if (p.logits_dtype < XSHARE_FLOAT32 || p.logits_dtype > XSHARE_FLOAT16)
         return refuse(message, bad, "logits_dtype must be in 0..2 (xshare_dtype), not %d", p.logits_dtype);
     if (!is_finite(p.routed_scaling_factor))
@@ -88,12 +90,13 @@ inline xshare_status check_groups(const xshare_route_params& p, Message& message
                       p.top_k_groups);
     if (p.num_groups == 1) return XSHARE_OK;
     const int group_size = p.num_experts / p.num_groups;
-    if (p.scoring == XSHARE_TOPK_SOFTMAX)
-        return refuse(message, bad, "topk_softmax has no expert groups, but num_groups=%d", p.num_groups);
-    if (p.scoring == XSHARE_SIGMOID_BIAS && group_size < 2)
+    const ScoringRule rule = rule_of(p.scoring);
+    if (rule.group_best_of == 0)
+        return refuse(message, bad, "%s has no expert groups, but num_groups=%d", rule.name, p.num_groups);
+    if (group_size < rule.group_best_of)
         return refuse(message, bad,
-                      "sigmoid_bias scores a group by its best 2 experts, but num_groups=%d leaves it %d",
-                      p.num_groups, group_size);
+                      "%s scores a group by its best %d experts, but num_groups=%d leaves it %d", rule.name,
+                      rule.group_best_of, p.num_groups, group_size);
     if (p.top_k > p.top_k_groups * group_size)
         return refuse(message, bad, "top_k=%d is more than the %d experts of top_k_groups=%d groups", p.top_k,
                       p.top_k_groups * group_size, p.top_k_groups);
@@ -116,6 +119,9 @@ inline xshare_status check_budgets(const xshare_route_params& p, Message& messag
         return refuse(message, bad, "gpu_budget must be positive (0 = off), not %d", p.gpu_budget);
     if (p.utility < XSHARE_SQUARED_WEIGHT || p.utility > XSHARE_AFFINITY)
         return refuse(message, bad, "utility must be in 0..1 (xshare_utility), not %d", p.utility);
+    if (p.utility == XSHARE_AFFINITY && !rule_of(p.scoring).is_bounded())
+        return refuse(message, bad, "utility cannot be affinity with %s, whose scores have no bound",
+                      rule_of(p.scoring).name);
     if (!(p.coverage >= 0.0 && p.coverage <= 1.0))
         return refuse(message, bad, "coverage must be in 0..1 (0 = off), not %g", p.coverage);
     return XSHARE_OK;
@@ -154,8 +160,8 @@ inline xshare_status check_pointers(const xshare_route_params& p, const xshare_r
     constexpr xshare_status bad = XSHARE_INVALID_TENSOR;
     if (t.router_logits == nullptr && p.num_tokens > 0)
         return refuse(message, bad, "router_logits is missing");
-    if (t.correction_bias != nullptr && p.scoring != XSHARE_SIGMOID_BIAS)
-        return refuse(message, bad, "correction_bias belongs to sigmoid_bias scoring alone");
+    if (t.correction_bias != nullptr && !rule_of(p.scoring).has_bias)
+        return refuse(message, bad, "correction_bias: %s scoring has none", rule_of(p.scoring).name);
     if (t.request_ids == nullptr && p.request_budget > 0 && p.num_tokens > 0)
         return refuse(message, bad, "request_budget=%d needs request_ids", p.request_budget);
     if (t.expert_gpu == nullptr && p.gpu_budget > 0)

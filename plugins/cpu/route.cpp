@@ -9,6 +9,7 @@
 
 #include "core/masking.h"
 #include "core/ordering.h"
+#include "core/rules.h"
 #include "core/scoring.h"
 #include "cpu/expert_set.h"
 #include "cpu/rows.h"
@@ -52,6 +53,7 @@ class Router {
     Router(const xshare_route_params& params, const xshare_route_tensors& tensors, unsigned char* workspace)
         : p_(params),
           t_(tensors),
+          rule_(rule_of(params.scoring)),
           kernels_(row_kernels()),
           layout_(params),
           logit_size_(params.logits_dtype == XSHARE_FLOAT32 ? 4 : 2),
@@ -199,7 +201,7 @@ class Router {
         for (int row = 0; row < p_.num_tokens; ++row) {
             if (kinds_[row] != RowKind::kShared) continue;
             int32_t* keys = keys_of(row);
-            if (row >= layout_.kept_rows)
+            if (row >= layout_.kept_rows || weighs_by_scores())
                 kernels_.score(p_, logits_of(row), t_.correction_bias, scores_, keys);
             if (need_picks) {
                 const Picks picks = pick_active(keys);
@@ -214,6 +216,11 @@ class Router {
                 kernels_.mask(logits_of(row), p_.logits_dtype, mask_bits(p_), allowed_, keys, p_.num_experts,
                               masked_of(row));
         }
+    }
+
+    // Whether weights are read from `scores_`, which are the row's scored last.
+    bool weighs_by_scores() const {
+        return rule_.affinity == Affinity::kSoftmax && rule_.has_bias && t_.expert_weights != nullptr;
     }
 
     // A row that finds nothing in S; what it will name counts.
@@ -270,14 +277,17 @@ class Router {
             weights[j] = unnormalised_weight(row, picks, j);
             sum = add_rn(sum, weights[j]);
         }
-        for (int j = 0; j < picks.count && p_.scoring != XSHARE_SOFTMAX; ++j)
+        for (int j = 0; j < picks.count && rule_.renormalises; ++j)
             weights[j] = weights[j] != 0.0f ? div_rn(weights[j], sum) : 0.0f;
     }
 
     float unnormalised_weight(int row, const Picks& picks, int j) const {
-        if (p_.scoring == XSHARE_SIGMOID_BIAS) return sigmoid_fixed(logit_at(row, picks.ids[j]));
-        if (p_.scoring != XSHARE_TOPK_SOFTMAX) return key_score(picks.keys[j]);
-        return exp_fixed(sub_rn(key_score(picks.keys[j]), key_score(picks.keys[0])));
+        if (rule_.weighs_by_ranking()) return key_score(picks.keys[j]);
+        if (rule_.weighs_by_logits())
+            return exp_fixed(sub_rn(key_score(picks.keys[j]), key_score(picks.keys[0])));
+        if (rule_.affinity == Affinity::kSoftmax) return scores_.affinity[picks.ids[j]];
+        const float z = logit_at(row, picks.ids[j]);
+        return rule_.affinity == Affinity::kSigmoid ? sigmoid_fixed(z) : sqrt_softplus_fixed(z);
     }
 
     // Padding, and rows that find nothing in S: they activate nothing new.
@@ -330,6 +340,7 @@ class Router {
 
     const xshare_route_params& p_;
     const xshare_route_tensors& t_;
+    const ScoringRule rule_;
     const RowKernels& kernels_;
     const Layout layout_;
     const size_t logit_size_;

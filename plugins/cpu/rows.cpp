@@ -6,6 +6,7 @@
 #include "cpu/rows.h"
 
 #include "core/ordering.h"
+#include "core/rules.h"
 #include "core/scoring.h"
 
 namespace xshare {
@@ -178,11 +179,10 @@ static int top_k(int32_t* keys, int length, int k, int32_t* places, int32_t* bes
 // Makes the experts outside the row's best groups unavailable.
 static void limit_groups(const xshare_route_params& params, int32_t* keys) {
     const int groups = params.num_groups;
-    const int size = params.num_experts / groups;
+    const int size = params.num_experts / groups, best_of = rule_of(params.scoring).group_best_of;
     int32_t group_keys[kMaxExperts], chosen[kMaxExperts], unused[kMaxExperts];
     for (int g = 0; g < groups; ++g)
-        group_keys[g] = params.scoring == XSHARE_SIGMOID_BIAS ? best_two_key(keys + g * size, size)
-                                                              : max_of(keys + g * size, size);
+        group_keys[g] = best_of == 2 ? best_two_key(keys + g * size, size) : max_of(keys + g * size, size);
     for (int g = groups; g < padded(groups); ++g) group_keys[g] = kUnavailable;
     const int found = top_k(group_keys, padded(groups), params.top_k_groups, chosen, unused);
     bool allowed[kMaxExperts] = {};
@@ -191,24 +191,40 @@ static void limit_groups(const xshare_route_params& params, int32_t* keys) {
         for (int i = 0; !allowed[g] && i < size; ++i) keys[g * size + i] = kUnavailable;
 }
 
+// `keys` holds the keys of the logits for a softmax.
+static void score_affinity(Affinity kind, const float* logits, const int32_t* keys, int n, float* affinity) {
+    if (kind == Affinity::kSoftmax)
+        softmax(logits, keys, n, affinity);
+    else if (kind == Affinity::kSigmoid)
+        for (int i = 0; i < n; ++i) affinity[i] = sigmoid_fixed(logits[i]);
+    else
+        for (int i = 0; i < n; ++i) affinity[i] = sqrt_softplus_fixed(logits[i]);
+}
+
+// `keys` holds the keys of the logits for a ranking by them.
+static void rank(const ScoringRule& rule, const float* logits, const float* affinity, const float* bias,
+                 int n, int32_t* keys) {
+    if (rule.ranked_by == RankedBy::kLogits && bias == nullptr) return;
+    if (rule.ranked_by == RankedBy::kLogits) {
+        for (int i = 0; i < n; ++i) keys[i] = score_key(add_bias_to_logit(logits[i], bias[i]));
+    } else if (bias != nullptr) {
+        for (int i = 0; i < n; ++i) keys[i] = score_key(add_rn(affinity[i], bias[i]));
+    } else {
+        for (int i = 0; i < n; ++i) keys[i] = float_bits(affinity[i]);
+    }
+}
+
 static void score(const xshare_route_params& params, const void* logits, const float* bias, RowScores& scores,
                   int32_t* keys) {
     const int n = params.num_experts;
     float* z = scores.logits;
     float* affinity = scores.affinity;
     widen(logits, params.logits_dtype, n, z);
-    if (params.scoring == XSHARE_SIGMOID_BIAS) {
-        for (int i = 0; i < n; ++i) affinity[i] = sigmoid_fixed(z[i]);
-        if (bias != nullptr)
-            for (int i = 0; i < n; ++i) keys[i] = score_key(add_rn(affinity[i], bias[i]));
-        else
-            for (int i = 0; i < n; ++i) keys[i] = float_bits(affinity[i]);
-    } else {
+    const ScoringRule rule = rule_of(params.scoring);
+    if (rule.affinity == Affinity::kSoftmax || rule.ranked_by == RankedBy::kLogits)
         for (int i = 0; i < n; ++i) keys[i] = score_key(z[i]);
-        softmax(z, keys, n, affinity);
-        if (params.scoring != XSHARE_TOPK_SOFTMAX)
-            for (int i = 0; i < n; ++i) keys[i] = float_bits(affinity[i]);
-    }
+    score_affinity(rule.affinity, z, keys, n, affinity);
+    rank(rule, z, affinity, bias, n, keys);
     const float lowest = -3.402823466e+38f;
     for (int i = 0; i < n; ++i) keys[i] = z[i] < lowest ? kUnavailable : keys[i];
     for (int i = n; i < padded(n); ++i) keys[i] = kUnavailable;

@@ -8,12 +8,6 @@
 #include "core/platform.h"
 #include "xshare/xshare.h"
 
-#if defined(__CUDACC__)
-#define XSHARE_METHOD __host__ __device__ __forceinline__
-#else
-#define XSHARE_METHOD inline
-#endif
-
 namespace xshare {
 
 constexpr int kStepRows = 256;  // that one launch can take

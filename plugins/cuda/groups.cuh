@@ -19,7 +19,7 @@ XSHARE_DEVICE void merge(BestTwo& best, const BestTwo& other) {
 
 // kUnavailable where bans have left the group too few experts.
 XSHARE_DEVICE int32_t group_key(const RouteArgs& args, const BestTwo& best) {
-    if (args.p.scoring != XSHARE_SIGMOID_BIAS) return best.first;
+    if (rule_of(args.p.scoring).group_best_of == 1) return best.first;
     if (best.second == kUnavailable) return kUnavailable;
     return score_key(add_rn(key_score(best.first), key_score(best.second)));
 }

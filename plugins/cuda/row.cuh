@@ -9,6 +9,7 @@
 #define XSHARE_CUDA_ROW_CUH
 
 #include "core/ordering.h"
+#include "core/rules.h"
 #include "core/scoring.h"
 #include "cuda/args.h"
 #include "cuda/device.cuh"

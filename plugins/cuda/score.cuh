@@ -9,9 +9,18 @@ namespace xshare {
 
 constexpr float kNoLogit = -100.0f;  // of affinity 0: exp_fixed is 0 there
 
+XSHARE_DEVICE float finite_or_zero(float bias) {
+    return (float_bits(bias) & 0x7f800000) == 0x7f800000 ? 0.0f : bias;
+}
+
+XSHARE_DEVICE float bias_of(const RouteArgs& args, int expert) {
+    return args.t.correction_bias == nullptr ? 0.0f : finite_or_zero(args.t.correction_bias[expert]);
+}
+
 // keys = R, affinity = A of a softmax.
 template <int V>
-XSHARE_DEVICE void score_softmax(bool rank_by_logits, const float (&logits)[V], int num_here, Row<V>& row) {
+XSHARE_DEVICE void score_softmax(const ScoringRule& rule, const float (&bias)[V], const float (&logits)[V],
+                                 int num_here, Row<V>& row) {
     int32_t largest = kUnavailable;
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
@@ -30,26 +39,23 @@ XSHARE_DEVICE void score_softmax(bool rank_by_logits, const float (&logits)[V], 
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
         row.affinity[i] = mul_rn(row.affinity[i], scale);
-        if (!rank_by_logits && i < num_here) row.keys[i] = float_bits(row.affinity[i]);
+        if (rule.ranked_by == RankedBy::kAffinity && i < num_here)
+            row.keys[i] = rule.has_bias ? score_key(add_rn(row.affinity[i], finite_or_zero(bias[i])))
+                                        : float_bits(row.affinity[i]);
     }
 }
 
-XSHARE_DEVICE float finite_or_zero(float bias) {
-    return (float_bits(bias) & 0x7f800000) == 0x7f800000 ? 0.0f : bias;
-}
-
-XSHARE_DEVICE float bias_of(const RouteArgs& args, int expert) {
-    return args.t.correction_bias == nullptr ? 0.0f : finite_or_zero(args.t.correction_bias[expert]);
-}
-
+// The same of an affinity that is each logit's own.
 template <int V>
-XSHARE_DEVICE void score_sigmoid(const float (&bias)[V], const float (&logits)[V], int num_here,
-                                 Row<V>& row) {
+XSHARE_DEVICE void score_each(const ScoringRule& rule, const float (&bias)[V], const float (&logits)[V],
+                              int num_here, Row<V>& row) {
     XSHARE_UNROLL
     for (int i = 0; i < V; ++i) {
-        row.affinity[i] = sigmoid_fixed(i < num_here ? logits[i] : kNoLogit);
-        row.keys[i] =
-            i < num_here ? score_key(add_rn(row.affinity[i], finite_or_zero(bias[i]))) : kUnavailable;
+        const float z = i < num_here ? logits[i] : kNoLogit, b = finite_or_zero(bias[i]);
+        row.affinity[i] = rule.affinity == Affinity::kSigmoid ? sigmoid_fixed(z) : sqrt_softplus_fixed(z);
+        const float score =
+            rule.ranked_by == RankedBy::kLogits ? add_bias_to_logit(z, b) : add_rn(row.affinity[i], b);
+        row.keys[i] = i < num_here ? score_key(score) : kUnavailable;
     }
 }
 
@@ -81,10 +87,11 @@ XSHARE_DEVICE void score_row(const RouteArgs& args, int index, bool kind_alone, 
     row.available = row.utility = 0;
     row.is_whole = false;
     if (row.kind == RowKind::kPadding || (kind_alone && !has_bans)) return;
-    if (args.p.scoring == XSHARE_SIGMOID_BIAS)
-        score_sigmoid(bias, logits, num_here, row);
+    const ScoringRule rule = rule_of(args.p.scoring);
+    if (rule.affinity == Affinity::kSoftmax)
+        score_softmax(rule, bias, logits, num_here, row);
     else
-        score_softmax(args.p.scoring == XSHARE_TOPK_SOFTMAX, logits, num_here, row);
+        score_each(rule, bias, logits, num_here, row);
     if (has_bans) strike_out_banned(logits, row.keys);
     if (args.p.num_groups > 1) limit_groups(args, row.keys);
     if (!has_bans && args.t.masked_logits == nullptr) return;

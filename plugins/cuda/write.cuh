@@ -14,19 +14,35 @@ XSHARE_DEVICE float logit_at(const RouteArgs& args, int row, int expert) {
     return widen(static_cast<const uint16_t*>(args.t.router_logits)[at], args.p.logits_dtype);
 }
 
+// This lane's pick of a softmax over the row, whose scores are no longer there.
+XSHARE_DEVICE float softmax_at(const RouteArgs& args, int row, const Picks& picks) {
+    int32_t largest = kUnavailable;
+    for (int e = device::lane(); e < args.p.num_experts; e += device::kWarpSize)
+        largest = max_of(largest, score_key(logit_at(args, row, e)));
+    const float peak = key_score(device::warp_max(largest));
+    uint64_t sum = 0;
+    for (int e = device::lane(); e < args.p.num_experts; e += device::kWarpSize)
+        sum += softmax_term(exp_fixed(sub_rn(logit_at(args, row, e), peak))) - softmax_term(0.0f);
+    const float scale = softmax_scale(device::warp_add_wide(sum), 0);
+    return picks.is_here() ? mul_rn(exp_fixed(sub_rn(logit_at(args, row, picks.id), peak)), scale) : 0.0f;
+}
+
 // This lane's weight before it is normalised.
 XSHARE_DEVICE float weigh_plainly(const RouteArgs& args, int row, const Picks& picks) {
+    const ScoringRule rule = rule_of(args.p.scoring);
+    if (rule.affinity == Affinity::kSoftmax && rule.has_bias) return softmax_at(args, row, picks);
     const int32_t first_key = device::shuffle(picks.key, device::first_bit(picks.lanes));
     if (!picks.is_here()) return 0.0f;
-    if (args.p.scoring == XSHARE_SIGMOID_BIAS) return sigmoid_fixed(logit_at(args, row, picks.id));
-    if (args.p.scoring != XSHARE_TOPK_SOFTMAX) return key_score(picks.key);
-    return exp_fixed(sub_rn(key_score(picks.key), key_score(first_key)));
+    if (rule.weighs_by_ranking()) return key_score(picks.key);
+    if (rule.weighs_by_logits()) return exp_fixed(sub_rn(key_score(picks.key), key_score(first_key)));
+    const float z = logit_at(args, row, picks.id);
+    return rule.affinity == Affinity::kSigmoid ? sigmoid_fixed(z) : sqrt_softplus_fixed(z);
 }
 
 // The model's weight of this lane's pick, before scaling; `picks` is not empty.
 XSHARE_DEVICE float weigh(const RouteArgs& args, int row, const Picks& picks) {
     const float weight = weigh_plainly(args, row, picks);
-    if (args.p.scoring == XSHARE_SOFTMAX) return weight;
+    if (!rule_of(args.p.scoring).renormalises) return weight;
     float sum = 0.0f;
     for (uint32_t rest = picks.lanes; rest != 0; rest &= rest - 1)  // in the order of the slots
         sum = add_rn(sum, device::shuffle(weight, device::first_bit(rest)));

@@ -7,6 +7,8 @@
 
 #include <iterator>
 
+#include "core/rules.h"
+
 namespace xshare::tensorrt {
 namespace {
 
@@ -17,12 +19,14 @@ using nvinfer1::PluginFieldType;
 enum class Kind { kInteger, kSwitch, kFloat, kDouble, kChoice };
 
 struct Choices {
-    char const* names[4];  // by their codes, nullptr behind the last
+    char const* names[kNumScorings];  // by their codes, nullptr behind the last
     char const* all;
 };
 
-constexpr Choices kScorings = {{"softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias"},
-                               "softmax, softmax_renorm, topk_softmax or sigmoid_bias"};
+constexpr Choices kScorings = {{rule_of(0).name, rule_of(1).name, rule_of(2).name, rule_of(3).name,
+                                rule_of(4).name, rule_of(5).name, rule_of(6).name, rule_of(7).name},
+                               "softmax, softmax_renorm, topk_softmax, sigmoid_bias, softmax_bias, "
+                               "softmax_bias_renorm, topk_sigmoid or sqrt_softplus_bias"};
 constexpr Choices kUtilities = {{"squared_weight", "affinity"}, "squared_weight or affinity"};
 constexpr Choices kOutputs = {{"routing", "masked_logits", "step_bias"},
                               "routing, masked_logits or step_bias"};
@@ -178,13 +182,15 @@ xshare_status check_output(Settings const& settings, Message& message) {
     if (settings.params.mask_value != 0.0f && settings.output == kRouting)
         return refuse(message, bad, "mask_value needs output masked_logits or step_bias");
     if (settings.output != kMaskedLogits) return XSHARE_OK;
-    if (settings.params.scoring == XSHARE_SOFTMAX)
+    const ScoringRule rule = rule_of(settings.params.scoring);
+    if (rule.affinity == Affinity::kSoftmax && !rule.renormalises)
         return refuse(message, bad,
-                      "masked_logits would change the weights of softmax scoring: its softmax is over all");
+                      "masked_logits would change the weights of %s scoring: its softmax is over all",
+                      rule.name);
     if (settings.has_correction_bias)
         return refuse(message, bad,
-                      "masked_logits cannot keep a correction bias from ranking what is masked: output "
-                      "step_bias can");
+                      "masked_logits cannot keep a correction bias from ranking what is masked%s",
+                      settings.params.scoring == XSHARE_SIGMOID_BIAS ? ": output step_bias can" : "");
     return XSHARE_OK;
 }
 

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-SCORINGS = ("softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias")
+SCORINGS = (
+    "softmax",
+    "softmax_renorm",
+    "topk_softmax",
+    "sigmoid_bias",
+    "softmax_bias",
+    "softmax_bias_renorm",
+    "topk_sigmoid",
+    "sqrt_softplus_bias",
+)
+BIASED = SCORINGS[3:]
 UTILITIES = ("squared_weight", "affinity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_STATS = 8

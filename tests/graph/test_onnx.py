@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from xshare_trtllm import RouterSpec, XShareConfig, reference
 from xshare_trtllm.cli import main
-from xshare_trtllm.config import SCORINGS, UTILITIES
+from xshare_trtllm.config import RULES, SCORINGS, UTILITIES
 from xshare_trtllm.graph import GraphInputs, routing
 
 onnx = pytest.importorskip("onnx", reason="needs onnx")
@@ -103,13 +103,14 @@ CASES = [
     for spec in specs()
     for name, config in CONFIGS.items()
     if config.warmup > 0 or spec.num_groups == 1  # groups need a warm-up
+    if config.utility == "squared_weight" or spec.rule.is_bounded
 ]
 
 
 @pytest.mark.parametrize(("spec", "config"), CASES)
 def test_scorings_and_stages(spec: RouterSpec, config: XShareConfig) -> None:
     on_gpus = config is not CONFIGS["coverage"]  # which limits the fullest where they are given
-    inputs = GraphInputs(spec.scoring == "sigmoid_bias", True, True, on_gpus)
+    inputs = GraphInputs(spec.rule.has_bias, True, True, on_gpus)
     batches = [
         batch(spec, rows, seed, inputs, coarse, banned)
         for seed, (rows, banned) in enumerate(((1, 0.0), (2, 0.3), (5, 0.0), (17, 0.5), (17, 0.9)))
@@ -123,7 +124,8 @@ def test_scorings_and_stages(spec: RouterSpec, config: XShareConfig) -> None:
 def test_random(data: st.DataObject) -> None:
     draw = data.draw
     scoring = draw(st.sampled_from(SCORINGS))
-    groups = draw(st.sampled_from((1, 1, 2, 4))) if scoring != "topk_softmax" else 1
+    rule = RULES[scoring]
+    groups = draw(st.sampled_from((1, 1, 2, 4))) if rule.group_best_of else 1
     experts = groups * draw(st.integers(2, 12))
     top_groups = draw(st.integers(1, groups))
     top_k = draw(st.integers(1, min(8, top_groups * (experts // groups))))
@@ -138,9 +140,9 @@ def test_random(data: st.DataObject) -> None:
         draw(off | st.integers(1, 6)),
         coverage,
         draw(off | st.integers(1, 20)),
-        draw(st.sampled_from(UTILITIES)),
+        draw(st.sampled_from(UTILITIES if rule.is_bounded else ("squared_weight",))),
     )
-    has_bias = scoring == "sigmoid_bias" and draw(st.booleans())
+    has_bias = rule.has_bias and draw(st.booleans())
     on_gpus = config.gpu_budget is not None or draw(st.booleans())
     inputs = GraphInputs(has_bias, True, draw(st.booleans()), on_gpus)
     rows, seed = draw(st.integers(1, 24)), draw(st.integers(0, 2**31))
@@ -181,7 +183,7 @@ def test_a_share_is_rounded_as_float64_does(
     ids=("512", "256 grouped"),
 )
 def test_full_size(spec: RouterSpec) -> None:
-    inputs = GraphInputs(spec.scoring == "sigmoid_bias", True, True, True)
+    inputs = GraphInputs(spec.rule.has_bias, True, True, True)
     for config in (XShareConfig(64, 1, 24, 12, 0.5, None), XShareConfig(coverage=0.9375)):
         compare(spec, config, inputs, [batch(spec, rows, rows, inputs) for rows in (32, 200)])
 
@@ -259,7 +261,7 @@ def _all_names() -> list[str]:
         (XShareConfig(2), None, "budget must be at least top_k=4"),
         (XShareConfig(8, request_budget=3), GraphInputs(), "the graph needs request_ids"),
         (XShareConfig(8, gpu_budget=3), GraphInputs(), "the graph needs expert_gpu"),
-        (XShareConfig(8), GraphInputs(correction_bias=True), "only sigmoid_bias has one"),
+        (XShareConfig(8), GraphInputs(correction_bias=True), "correction_bias: softmax scoring has none"),
         (XShareConfig(coverage=1e-6), None, "a graph takes coverages from 1.52587890625e-05 on"),
     ),
 )

@@ -54,12 +54,12 @@ def check_outputs(network: Any, spec: RouterSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scoring", "gpu", "config"), list(zip(SCORINGS, GPUS, (STAGES, CAPPED, STAGES, CAPPED), strict=True))
+    ("scoring", "gpu", "config"), list(zip(SCORINGS, GPUS * 2, (STAGES, CAPPED) * 4, strict=True))
 )
 def test_native_layers(scoring: str, gpu: str, config: XShareConfig) -> None:
-    grouped = (4, 2) if scoring in ("softmax", "sigmoid_bias") else (1, 1)
+    grouped = (4, 2) if scoring in ("softmax", "sigmoid_bias", "softmax_bias") else (1, 1)
     spec = RouterSpec(32, 4, scoring, *grouped)
-    inputs = GraphInputs(scoring == "sigmoid_bias", True, True, True)
+    inputs = GraphInputs(spec.rule.has_bias, True, True, True)
     log = Log()
     builder, network = from_layers(spec, config, inputs, log, "bfloat16")
     check_outputs(network, spec)

@@ -8,6 +8,7 @@
 
 #include "core/masking.h"
 #include "core/ordering.h"
+#include "core/rules.h"
 #include "cpu/rows.h"
 
 namespace xshare {
@@ -41,7 +42,7 @@ void run(const RowKernels& kernels, const xshare_route_params& p, const void* lo
     r.finite = kernels.count_finite(logits, p.logits_dtype, p.num_experts);
     if (r.finite <= 0) return;
     kernels.score(p, logits, bias, r.scores, r.keys);
-    kernels.accumulate(r.scores.affinity, p.num_experts, r.sums);
+    if (rule_of(p.scoring).is_bounded()) kernels.accumulate(r.scores.affinity, p.num_experts, r.sums);
     kernels.add(r.sums, p.num_experts, r.sums);
     r.found = kernels.top_k(r.keys, padded(p.num_experts), p.top_k, r.places, r.best_keys);
     kernels.mask(logits, p.logits_dtype, mask_bits(p), r.keys, r.keys, p.num_experts, r.masked);
@@ -66,9 +67,9 @@ int main() {
     }
     for (int i = 0; i < 20000; ++i) {
         xshare_route_params p = {};
-        p.scoring = pick(0, 3);
+        p.scoring = pick(0, kNumScorings - 1);
         p.logits_dtype = pick(0, 2);
-        p.num_groups = p.scoring == XSHARE_TOPK_SOFTMAX ? 1 : pick(1, 4);
+        p.num_groups = rule_of(p.scoring).group_best_of == 0 ? 1 : pick(1, 4);
         p.top_k_groups = pick(1, p.num_groups);
         p.num_experts = p.num_groups * pick(4, kMaxExperts / p.num_groups);
         p.top_k = pick(1, 4);

@@ -124,15 +124,14 @@ double random_coverage(const xshare_route_params& p) {
 xshare_route_params random_params() {
     xshare_route_params p = {};
     p.struct_size = sizeof p;
-    p.scoring = between(0, 3);
-    p.num_groups = p.scoring == XSHARE_TOPK_SOFTMAX || one_in(2) ? 1 : one_of({2, 3, 4, 8, 8});
+    p.scoring = between(0, kNumScorings - 1);
+    const ScoringRule rule = rule_of(p.scoring);
+    p.num_groups = rule.group_best_of == 0 || one_in(2) ? 1 : one_of({2, 3, 4, 8, 8});
     const int most = one_in(4) ? kMaxExperts : 96;
-    p.num_experts = p.num_groups * between(p.num_groups > 1 && p.scoring == XSHARE_SIGMOID_BIAS ? 2 : 1,
-                                           most / p.num_groups);
+    p.num_experts = p.num_groups * between(p.num_groups > 1 ? rule.group_best_of : 1, most / p.num_groups);
     if (one_in(3) && p.num_groups == 1) p.num_experts = one_of({32, 64, 128, 128, 256, 384, 512});
     if (one_in(3) && p.num_groups == 8) p.num_experts = one_of({64, 128, 160, 256});
-    if (p.scoring != XSHARE_TOPK_SOFTMAX && p.scoring != XSHARE_SIGMOID_BIAS && one_in(20))
-        p.num_groups = p.num_experts;
+    if (rule.group_best_of == 1 && one_in(20)) p.num_groups = p.num_experts;
     p.top_k_groups = between(1, p.num_groups);
     p.top_k = between(
         1, std::min({kMaxTopK, one_in(2) ? 4 : kMaxTopK, p.top_k_groups * (p.num_experts / p.num_groups)}));
@@ -146,7 +145,7 @@ xshare_route_params random_params() {
     p.gpu_budget = one_in(3) ? between(1, one_in(2) ? 4 : p.num_experts) : 0;
     p.coverage = one_in(2) ? random_coverage(p) : 0.0;
     p.max_rows = one_in(5) ? between(0, 12) : -1;
-    p.utility = between(0, 1);
+    p.utility = rule.is_bounded() ? between(0, 1) : XSHARE_SQUARED_WEIGHT;
     p.mask_value = one_in(3) ? one_of({-1.0f, -65504.0f, -32768.0f}) : 0.0f;
     if (p.logits_dtype == XSHARE_FLOAT32 && one_in(6)) p.mask_value = -std::numeric_limits<float>::max();
     if (p.logits_dtype == XSHARE_BFLOAT16 && p.mask_value == -65504.0f) p.mask_value = -INFINITY;
@@ -194,7 +193,7 @@ struct Call {
     explicit Call(const xshare_route_params& params) : p(params) {
         const size_t rows = static_cast<size_t>(p.num_tokens), experts = static_cast<size_t>(p.num_experts);
         fill_logits(rows, experts);
-        if (p.scoring == XSHARE_SIGMOID_BIAS && !one_in(3)) {
+        if (rule_of(p.scoring).has_bias && !one_in(3)) {
             const float scale = one_of({0.1f, 0.1f, 1.0f, 1e37f, 0.0f});
             bias.resize(experts);
             for (float& b : bias) b = scale * normal();

@@ -20,8 +20,9 @@ xshare_route_params sane_params() {
     xshare_route_params p = {};
     p.struct_size = sizeof p;
     p.num_tokens = between(0, 20);
-    p.scoring = between(0, 3);
-    p.num_groups = p.scoring == XSHARE_TOPK_SOFTMAX || one_in(2) ? 1 : between(1, 8);
+    p.scoring = between(XSHARE_SOFTMAX, XSHARE_SQRT_SOFTPLUS_BIAS);
+    p.num_groups =
+        p.scoring == XSHARE_TOPK_SOFTMAX || p.scoring == XSHARE_TOPK_SIGMOID || one_in(2) ? 1 : between(1, 8);
     p.num_experts = p.num_groups * between(1, one_in(20) ? 512 / p.num_groups : 12);
     p.top_k_groups = between(1, p.num_groups);
     p.top_k = between(1, 5);
@@ -33,7 +34,7 @@ xshare_route_params sane_params() {
     p.gpu_budget = one_in(2) ? 0 : between(1, p.num_experts);
     p.max_rows = one_in(4) ? between(0, 20) : -1;
     p.coverage = one_in(2) ? 0.0 : (bits() % 1000 + 1) / 1000.0;
-    p.utility = between(0, 1);
+    p.utility = one_in(20) || p.scoring != XSHARE_SQRT_SOFTPLUS_BIAS ? between(0, 1) : XSHARE_SQUARED_WEIGHT;
     p.mask_value = one_in(4) ? -1024.0f : 0.0f;
     return p;
 }
@@ -121,7 +122,7 @@ xshare_status call(const xshare_route_params& p, bool runnable) {
     xshare_route_tensors t = {};
     t.struct_size = one_in(100) ? bits() : static_cast<uint32_t>(sizeof t);
     t.router_logits = !runnable || one_in(50) ? nullptr : logits.get();
-    if (p.scoring == XSHARE_SIGMOID_BIAS ? one_in(2) : one_in(40))
+    if (p.scoring >= XSHARE_SIGMOID_BIAS ? one_in(2) : one_in(40))
         t.correction_bias = static_cast<float*>(bias.get());
     if (p.request_budget > 0 ? !one_in(20) : one_in(2)) t.request_ids = static_cast<int32_t*>(requests.get());
     if (one_in(2)) t.exempt = static_cast<uint8_t*>(exempt.get());

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from xshare_trtllm import RouterSpec, RoutingStats, XShareConfig, ops
 from xshare_trtllm import mask_logits as any_mask_logits
 from xshare_trtllm import route as any_route
-from xshare_trtllm.config import SCORINGS, UTILITIES
+from xshare_trtllm.config import RULES, SCORINGS, UTILITIES
 
 stages = import_module("xshare_trtllm.reference.route")  # the function of that name hides the module
 SEEDS = st.integers(0, 2**31)
@@ -40,13 +40,17 @@ def mask_of(ids, n):
     return mask
 
 
+def utilities_of(scoring):
+    return UTILITIES if RULES[scoring].is_bounded else ("squared_weight",)
+
+
 @st.composite
 def cases(draw, **fixed):
     """(logits, spec, config, arguments) over all options; logits from a coarse grid, so that ties occur."""
     generator = torch.Generator().manual_seed(draw(SEEDS))
     rows, k = draw(st.integers(1, 9)), draw(st.integers(1, 3))
     scoring = draw(st.sampled_from(SCORINGS))
-    groups = 1 if scoring == "topk_softmax" else draw(st.sampled_from([1, 3]))
+    groups = 1 if RULES[scoring].group_best_of == 0 else draw(st.sampled_from([1, 3]))
     n = draw(st.sampled_from([6, 12]))
     spec = RouterSpec(n, k, scoring, groups, min(2, groups), draw(st.sampled_from([1.0, 2.5])))
     coverage = draw(st.sampled_from([None, 0.5, 0.9]))
@@ -58,7 +62,7 @@ def cases(draw, **fixed):
         gpu_budget=draw(st.sampled_from([None, 1, 2])),
         coverage=coverage,
         max_rows=draw(st.sampled_from([None, None, 6])),
-        utility=draw(st.sampled_from(UTILITIES)),
+        utility=draw(st.sampled_from(utilities_of(scoring))),
     )
     config = config.model_copy(update=fixed)
     logits = torch.randint(-8, 9, (rows, n), generator=generator) / 4
@@ -70,7 +74,7 @@ def cases(draw, **fixed):
         "exempt": torch.rand(rows, generator=generator) < 0.2,
         "expert_gpu": torch.randint(0, 3, (n,), generator=generator),
     }
-    if scoring == "sigmoid_bias":
+    if RULES[scoring].has_bias:
         arguments["correction_bias"] = torch.randint(-2, 3, (n,), generator=generator) / 8
     return logits, spec, config, arguments
 
@@ -99,6 +103,18 @@ def test_softmax_and_sigmoid_are_accurate():
     assert ((stages.sigmoid(logits).double() - exact).abs() / exact).max() < 6e-7
     assert stages.softmax(torch.tensor([[3e38, -3e38]])).tolist() == [[1.0, 0.0]]
     assert stages.sigmoid(torch.tensor([0.0, 3e38, -3e38])).tolist() == [0.5, 1.0, 0.0]
+
+
+def test_the_root_of_a_softplus_is_accurate():
+    # Every 1009th float of both signs up to 87, where the exponential ends, and 3e38.
+    bits = torch.cat([torch.arange(low, low + 0x7F61B1E6, 1009) for low in (0, -(2**31))])
+    z = bits.to(torch.int32).view(torch.float32)
+    z = z[(z >= -87) & z.isfinite()]
+    exact = torch.log1p((-z.double().abs()).exp()) + z.double().clamp(min=0)
+    error = (stages.sqrt_softplus(z).double() / exact.sqrt() - 1).abs().max()
+    assert error < 4e-7, float(error)
+    low = stages.sqrt_softplus(torch.tensor([-87.01, -1e30, -INF]))
+    assert low.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_softmax_does_not_depend_on_the_order_of_experts():
@@ -232,14 +248,21 @@ def test_the_coverage_sets_the_smallest_cap_of_a_gpu(u, warm, free, gpu, coverag
 # ---- From logits to the set, with the utilities computed independently in fp64 -----------------------------
 
 
+AFFINITIES = {
+    "softmax": lambda z: z.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda z: torch.nn.functional.softplus(z).sqrt(),
+}
+
+
 def column_utility(logits, spec, utility):
     """g [E] fp64, from torch's own softmax, sigmoid and topk."""
     z = logits.double()
-    affinity = z.sigmoid() if spec.scoring == "sigmoid_bias" else z.softmax(-1)
+    affinity = AFFINITIES[spec.rule.affinity](z)
     if utility == "affinity":
         return affinity.sum(0)
     values, ids = affinity.topk(spec.top_k, dim=-1)
-    weights = values if spec.scoring == "softmax" else values / values.sum(-1, keepdim=True)
+    weights = values / values.sum(-1, keepdim=True) if spec.rule.renormalises else values
     return torch.zeros_like(z).scatter_(1, ids, weights**2).sum(0)
 
 
@@ -247,14 +270,14 @@ def column_utility(logits, spec, utility):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=SEEDS,
-    scoring=st.sampled_from(SCORINGS),
-    utility=st.sampled_from(UTILITIES),
+    worth_by=st.sampled_from([(s, u) for s in SCORINGS for u in utilities_of(s)]),
     limits=st.fixed_dictionaries(
         {}, optional={"budget": st.integers(2, 7), "coverage": st.sampled_from([0.5, 0.8, 0.9, 0.97])}
     ).filter(bool),
     gpu_budget=st.none() | st.integers(1, 3),
 )
-def test_route_keeps_the_most_utility_of_all_sets(backend, seed, scoring, utility, limits, gpu_budget):
+def test_route_keeps_the_most_utility_of_all_sets(backend, seed, worth_by, limits, gpu_budget):
+    scoring, utility = worth_by
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)) * 2
     spec, gpu = RouterSpec(8, 2, scoring), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     config = XShareConfig(**limits, gpu_budget=gpu_budget, warmup=0, utility=utility)
@@ -390,7 +413,7 @@ def test_banned_experts_are_never_used(case, seed, share):
     assert not (used & (logits == -INF))[with_weight].any()
     assert not with_weight[(logits > -INF).sum(-1) < spec.top_k].any()
     assert result.expert_weights.isfinite().all()
-    masked = mask_logits(logits, spec, config, **arguments)
+    masked = stages.mask_logits(logits, spec, config, **arguments)
     assert not (masked[with_weight] > -INF)[logits[with_weight] == -INF].any()
 
 
@@ -472,7 +495,7 @@ def test_rows_rank_by_score_inside_the_set(case):
         assert not any(weights[len(best) :])
         assert all(w > 0 for w in weights[: len(best)])
         assert own.expert_ids[row, : config.warmup].tolist() == ids[: config.warmup]
-        if spec.scoring != "softmax":
+        if spec.rule.renormalises:
             assert sum(weights) == pytest.approx(spec.routed_scaling_factor, rel=1e-6)
 
 
@@ -510,7 +533,7 @@ def test_statistics_recount_the_output(case):
 def test_masked_logits_allow_what_route_uses(case):
     logits, spec, config, arguments = case
     result = route(logits, spec, config, **arguments)
-    masked = mask_logits(logits, spec, config, **arguments)
+    masked = stages.mask_logits(logits, spec, config, **arguments)
     _, ranking = stages.score(logits, arguments.get("correction_bias"), spec)
     for row in range(len(logits)):
         if arguments["request_ids"][row] < 0:
@@ -537,9 +560,9 @@ def test_narrow_logits_are_widened(case, dtype):
     assert torch.equal(result.expert_ids, expected.expert_ids)
     assert torch.equal(result.expert_weights, expected.expert_weights)
     assert (result.expert_ids.dtype, result.expert_weights.dtype) == (torch.int32, torch.float32)
-    masked = mask_logits(narrow, spec, config, **arguments)
+    masked = stages.mask_logits(narrow, spec, config, **arguments)
     assert masked.dtype == dtype
-    assert torch.equal(masked.float(), mask_logits(narrow.float(), spec, config, **arguments))
+    assert torch.equal(masked.float(), stages.mask_logits(narrow.float(), spec, config, **arguments))
 
 
 @settings(max_examples=60, deadline=None)
@@ -563,7 +586,7 @@ def test_no_rows(case):
     assert result.expert_ids.shape == result.expert_weights.shape == (0, spec.top_k)
     assert not result.active_experts.any()
     assert result.stats == RoutingStats(0, 0, 1.0, 0, 0, 0, 0, config.is_off(spec))
-    assert mask_logits(logits[:0], spec, config, **(arguments | by_row)).shape == (0, spec.num_experts)
+    assert stages.mask_logits(logits[:0], spec, config, **(arguments | by_row)).shape == (0, spec.num_experts)
 
 
 # ---- Small cases, by hand ----------------------------------------------------------------------------------
@@ -580,7 +603,7 @@ def test_ties_go_to_the_lower_id():
 
 def test_minus_zero_ties_with_zero():
     logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0]])
-    for scoring in ("softmax", "topk_softmax", "sigmoid_bias"):
+    for scoring in SCORINGS:
         assert route(logits, RouterSpec(4, 2, scoring), XShareConfig(2)).expert_ids.tolist() == [[0, 1]]
 
 
@@ -591,18 +614,40 @@ def test_group_ties_go_to_the_lower_group():
 
 
 def test_groups_score_by_best_two_or_by_best():
-    logits = torch.tensor([[4.0, -4.0, 2.0, 2.0]])  # the best expert is in group 0, the best two are group 1
-    for scoring, ids in (("sigmoid_bias", [2, 3]), ("softmax", [0, 1]), ("softmax_renorm", [0, 1])):
+    logits = torch.tensor([[1.2, -4.0, 1.0, 1.0]])  # the best expert is in group 0, the best two are group 1
+    for scoring, rule in RULES.items():
+        if rule.group_best_of == 0:
+            continue
+        ids = [2, 3] if rule.group_best_of == 2 else [0, 1]
         spec = RouterSpec(4, 2, scoring, num_groups=2, top_k_groups=1)
         assert route(logits, spec, XShareConfig.off(spec)).expert_ids.tolist() == [ids]
 
 
 def test_bias_ranks_but_does_not_weigh():
-    spec = RouterSpec(4, 2, "sigmoid_bias", routed_scaling_factor=2.0)
     bias = torch.tensor([0.0, 0.0, 5.0, 1.0])
-    result = route(torch.zeros(1, 4), spec, XShareConfig.off(spec), correction_bias=bias)
-    assert result.expert_ids.tolist() == [[2, 3]]
-    assert result.expert_weights.tolist() == [[1.0, 1.0]]
+    weights = {"softmax_bias": 0.5, "topk_sigmoid": 1.0}  # of these alone the affinities count, not their sum
+    for scoring, rule in RULES.items():
+        if not rule.has_bias:
+            continue
+        spec = RouterSpec(4, 2, scoring, routed_scaling_factor=2.0)
+        result = route(torch.zeros(1, 4), spec, XShareConfig.off(spec), correction_bias=bias)
+        assert result.expert_ids.tolist() == [[2, 3]]
+        assert result.expert_weights.tolist() == [[weights.get(scoring, 1.0)] * 2]
+
+
+def test_a_logit_with_its_bias_stays_finite():
+    largest = torch.finfo(torch.float32).max
+    logits, bias = torch.tensor([[-largest, largest, 0.0]]), torch.tensor([-largest, largest, 0.0])
+    spec = RouterSpec(3, 3, "topk_sigmoid")
+    result = route(logits, spec, XShareConfig.off(spec), correction_bias=bias)
+    assert result.expert_ids.tolist() == [[1, 2, 0]] and result.stats.rows == 1
+    assert result.expert_weights.tolist() == [[1.0, 0.5, 0.0]]
+
+
+def test_a_biased_softmax_cannot_be_masked():
+    for scoring in ("softmax_bias", "softmax_bias_renorm"):
+        with pytest.raises(ValueError, match=f"mask_logits: {scoring} cannot be masked"):
+            mask_logits(torch.zeros(1, 4), RouterSpec(4, 2, scoring), XShareConfig(2))
 
 
 def test_topk_softmax_ranks_by_logits_where_affinities_vanish():
@@ -763,7 +808,7 @@ ROWS = torch.zeros(3, 8)
         (
             (ROWS, SPEC, CONFIG),
             {"correction_bias": torch.zeros(8)},
-            "correction_bias: only sigmoid_bias has one, the scoring is softmax",
+            "correction_bias: softmax scoring has none",
         ),
         (
             (ROWS, BIASED, CONFIG),

@@ -79,7 +79,7 @@ def clear_rows(logits, spec, bias, gap):
         return clear
     free = RouterSpec(spec.num_experts, spec.top_k, spec.scoring)
     groups = score(logits.float(), bias, free)[1].view(len(logits), spec.num_groups, -1)
-    best = groups.topk(2 if spec.scoring == "sigmoid_bias" else 1, dim=-1).values.sum(dim=-1)
+    best = groups.topk(spec.rule.group_best_of, dim=-1).values.sum(dim=-1)
     best = best.sort(dim=-1, descending=True).values
     return clear & ((best[:, spec.top_k_groups - 1] - best[:, spec.top_k_groups]) > gap)
 

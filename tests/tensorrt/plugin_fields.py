@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+from xshare_trtllm.config import RULES
+
 INT64, FLOAT32, FLOAT64, INT32 = "int64", "float32", "float64", "int32"
 Fields = dict[str, Any]  # a value, (type, values) for another type or length, None for a field without data
 
@@ -33,9 +35,8 @@ STEP_BIAS: Fields = EDGE | {"scoring": "sigmoid_bias", "output": "step_bias", "h
 def legal() -> list[Fields]:
     """Every scoring with every combination of stages and optional tensors, and the limits of each number."""
     cases: list[Fields] = []
-    scorings = ("softmax", "softmax_renorm", "topk_softmax", "sigmoid_bias")
-    for scoring, groups, stages, inputs in product(scorings, (1, 4), range(16), range(8)):
-        if groups > 1 and scoring == "topk_softmax":
+    for (scoring, rule), groups, stages, inputs in product(RULES.items(), (1, 4), range(16), range(8)):
+        if groups > 1 and rule.group_best_of == 0:
             continue
         fields: Fields = {"num_experts": 32, "top_k": 4, "scoring": scoring, "budget": 8}
         if groups > 1:
@@ -46,11 +47,11 @@ def legal() -> list[Fields]:
             fields |= option if stages >> bit & 1 else {}
         fields["has_request_ids"] = int("request_budget" in fields or inputs & 1)
         fields["has_expert_gpu"] = int("gpu_budget" in fields)
-        if inputs >> 1 & 1:
+        if inputs >> 1 & 1 and rule.is_bounded:
             fields["utility"] = "affinity"
         fields["has_exempt"] = inputs >> 1 & 1
         fields["has_active_experts"] = inputs >> 2 & 1
-        fields["has_correction_bias"] = int(scoring == "sigmoid_bias" and inputs != 0)
+        fields["has_correction_bias"] = int(rule.has_bias and inputs != 0)
         cases.append(fields)
     return [
         *cases,
@@ -93,7 +94,7 @@ def illegal() -> list[tuple[Fields, str]]:
         (GPT_OSS | {"gpu_budget": -1, "has_expert_gpu": 1}, "gpu_budget must be positive"),
         (GPT_OSS | {"request_budget": 8}, "request_budget=8 needs request_ids"),
         (GPT_OSS | {"gpu_budget": 8}, "gpu_budget=8 needs expert_gpu"),
-        (GPT_OSS | {"has_correction_bias": 1}, "correction_bias belongs to sigmoid_bias scoring alone"),
+        (GPT_OSS | {"has_correction_bias": 1}, "correction_bias: topk_softmax scoring has none"),
         (GPT_OSS | {"coverage": 1.5}, "coverage must be in 0..1"),
         (GPT_OSS | {"utility": "squares"}, "utility must be squared_weight or affinity, not 'squares'"),
         (GPT_OSS | {"utility": 0}, "field utility must be characters"),
@@ -107,6 +108,15 @@ def illegal() -> list[tuple[Fields, str]]:
         ),
         (EDGE | {"mask_value": nan}, "mask_value must be negative"),
         (EDGE | {"scoring": "softmax"}, "masked_logits would change the weights of softmax scoring"),
+        (
+            EDGE | {"scoring": "softmax_bias"},
+            "masked_logits would change the weights of softmax_bias scoring",
+        ),
+        (
+            EDGE | {"scoring": "sqrt_softplus_bias", "has_correction_bias": 1},
+            "masked_logits cannot keep a correction bias from ranking what is masked",
+        ),
+        (GPT_OSS | {"scoring": "sqrt_softplus_bias", "utility": "affinity"}, "whose scores have no bound"),
         (STEP_BIAS | {"output": "masked_logits"}, "output step_bias can"),
         (STEP_BIAS | {"warmup": 0}, "step_bias needs a warmup of at least 1"),
         (STEP_BIAS | {"num_groups": 8, "top_k_groups": 4}, "step_bias cannot express num_groups=8"),

@@ -29,7 +29,7 @@ class GraphInputs:
         """What the router and the stages that are switched on cannot do without. With `expert_gpu` besides, a
         coverage limits the fullest GPU."""
         return cls(
-            correction_bias=spec.scoring == "sigmoid_bias",
+            correction_bias=spec.rule.has_bias,
             request_ids=config.request_budget is not None,
             exempt=exempt,
             expert_gpu=config.gpu_budget is not None,
@@ -46,8 +46,8 @@ class GraphInputs:
             raise ValueError(
                 f"XShareConfig(coverage={config.coverage}): a graph takes coverages from {LEAST_COVERAGE} on"
             )
-        if self.correction_bias and spec.scoring != "sigmoid_bias":
-            raise ValueError(f"correction_bias: only sigmoid_bias has one, the scoring is {spec.scoring}")
+        if self.correction_bias and not spec.rule.has_bias:
+            raise ValueError(f"correction_bias: {spec.scoring} scoring has none")
         if config.request_budget is not None and not self.request_ids:
             raise ValueError(
                 f"XShareConfig(request_budget={config.request_budget}): the graph needs request_ids"

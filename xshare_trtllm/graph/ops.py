@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 DType = Literal["float32", "int32", "int64", "bool"]
 Binary = Literal["Add", "Sub", "Mul", "Div", "Min", "Max", "Less", "Greater", "Equal", "And", "Or"]
-Unary = Literal["Abs", "Neg", "Floor", "Round", "Not", "IsNaN"]
+Unary = Literal["Abs", "Neg", "Floor", "Round", "Sqrt", "Not", "IsNaN"]
 
 
 class Ops(Protocol):

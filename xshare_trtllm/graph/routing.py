@@ -238,13 +238,14 @@ class _Routing:
         return self._and(self.readable, enough)
 
     def _score(self, bias: Any) -> tuple[Any, Any]:
-        ops, spec = self.ops, self.spec
-        if spec.scoring == "topk_softmax":
-            return self._softmax(), self.logits
-        affinity = self._sigmoid() if spec.scoring == "sigmoid_bias" else self._softmax()
-        ranking = affinity
+        ops, rule = self.ops, self.spec.rule
+        affinity = getattr(self, f"_{rule.affinity}")()
+        ranking = self.logits if rule.ranked_by == "logits" else affinity
         if bias is not None:
-            ranking = ops.binary("Add", affinity, ops.reshape(bias, (1, self.experts)))
+            ranking = ops.binary("Add", ranking, ops.reshape(bias, (1, self.experts)))
+        if bias is not None and rule.ranked_by == "logits":  # what is not banned stays finite
+            ranking = ops.binary("Min", self._float(_LARGEST), ranking)
+            ranking = ops.binary("Max", self._float(-_LARGEST), ranking)
         ranking = ops.where(self.banned, self._float(-np.inf), ranking)
         return affinity, self._limit_to_groups(ranking)
 
@@ -253,7 +254,7 @@ class _Routing:
         if spec.num_groups == 1:
             return ranking
         groups, size = spec.num_groups, spec.experts_per_group
-        best_of = 2 if spec.scoring == "sigmoid_bias" else 1
+        best_of = spec.rule.group_best_of
         best, _ = ops.top_k(ops.reshape(ranking, (-1, groups, size)), best_of, axis=2)
         score = self._column(best, 0, axis=2)
         if best_of == 2:
@@ -280,6 +281,18 @@ class _Routing:
         e = self._exp(ops.unary("Neg", ops.unary("Abs", self.logits)))
         r = ops.binary("Div", one, ops.binary("Add", one, e))
         return ops.where(ops.binary("Less", self.logits, self._float(0.0)), ops.binary("Mul", e, r), r)
+
+    def _sqrt_softplus(self) -> Any:
+        """The reference's: log(1 + e) by a polynomial in (e / (2 + e))^2."""
+        ops = self.ops
+        e = self._exp(ops.unary("Neg", ops.unary("Abs", self.logits)))
+        s = ops.binary("Div", e, ops.binary("Add", self._float(2.0), e))
+        t = ops.binary("Mul", s, s)
+        p = self._float(0.268675476)
+        for c in (0.282339573, 0.400076717, 0.666666389, 2.0):
+            p = ops.binary("Add", ops.binary("Mul", p, t), self._float(c))
+        positive = ops.binary("Max", self.logits, self._float(0.0))
+        return ops.unary("Sqrt", ops.binary("Add", positive, ops.binary("Mul", s, p)))
 
     def _exp(self, x: Any) -> Any:
         """e^x for x <= 0 by the reference's polynomial; the power of two comes from a table."""
@@ -318,7 +331,8 @@ class _Routing:
     def _choice_weights(self, chosen: Any, valid: Any) -> Any:
         """[T, k] float32 before scaling; 0 in slots that are not valid, where that is given."""
         ops = self.ops
-        if self.spec.scoring != "topk_softmax":
+        rule = self.spec.rule
+        if rule.affinity != "softmax" or rule.ranked_by != "logits":
             weights = ops.gather_elements(self.affinity, chosen)
         else:
             z = ops.gather_elements(self.logits, chosen)
@@ -328,7 +342,7 @@ class _Routing:
             weights = self._exp(below)
         if valid is not None:
             weights = ops.where(valid, weights, self._float(0.0))
-        return weights if self.spec.scoring == "softmax" else self._divide_by_sum(weights)
+        return self._divide_by_sum(weights) if rule.renormalises else weights
 
     def _divide_by_sum(self, weights: Any) -> Any:
         """[T, k] float32"""

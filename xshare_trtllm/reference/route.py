@@ -142,24 +142,24 @@ def readable_rows(router_logits: Tensor, request_ids: Tensor | None) -> Tensor:
 
 def score(logits: Tensor, correction_bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     """Affinity and ranking score, both [T, E] fp32, from logits [T, E] fp32; -inf bans an expert."""
-    if spec.scoring == "sigmoid_bias":
-        affinity = sigmoid(logits)
-        ranking = affinity if correction_bias is None else affinity + correction_bias.float()
-    else:
-        affinity = softmax(logits)
-        ranking = logits if spec.scoring == "topk_softmax" else affinity
+    affinity = AFFINITIES[spec.rule.affinity](logits)
+    ranking = logits if spec.rule.ranked_by == "logits" else affinity
+    if correction_bias is not None:
+        largest = torch.finfo(torch.float32).max  # what is not banned stays finite
+        ranking = (ranking + correction_bias.float()).clamp(-largest, largest)
     ranking = ranking.masked_fill(logits == -torch.inf, -torch.inf)
     return affinity, limit_to_groups(ranking, spec)
 
 
 def limit_to_groups(ranking: Tensor, spec: RouterSpec) -> Tensor:
-    """[T, E]: `-inf` outside each row's best groups, by their best expert (`sigmoid_bias`: best two). A group
-    without so many experts to choose from is out."""
+    """[T, E]: `-inf` outside each row's best groups, by their best expert, or best two. A group without so
+    many experts to choose from is out."""
     if spec.num_groups == 1:
         return ranking
     by_group = ranking.view(-1, spec.num_groups, spec.experts_per_group)
-    best = by_group.topk(2 if spec.scoring == "sigmoid_bias" else 1, dim=-1).values
-    group_score = best[..., 0] + best[..., 1] if spec.scoring == "sigmoid_bias" else best[..., 0]
+    best_of = spec.rule.group_best_of
+    best = by_group.topk(best_of, dim=-1).values
+    group_score = best[..., 0] + best[..., 1] if best_of == 2 else best[..., 0]
     groups = experts_per_row(top_ids(group_score, spec.top_k_groups), spec.num_groups)
     groups &= group_score > -torch.inf
     return ranking.masked_fill(~groups.repeat_interleave(spec.experts_per_group, dim=-1), -torch.inf)
@@ -290,11 +290,11 @@ def choice_weights(
 ) -> Tensor:
     """[T, k] fp32, before scaling; 0 in slots without a choice."""
     weights = affinity.gather(-1, chosen)
-    if spec.scoring == "topk_softmax":
+    if spec.rule.ranked_by == "logits" and spec.rule.affinity == "softmax":
         z = logits.gather(-1, chosen)
         weights = exp(z - z[:, :1])  # the first slot has the largest logit
     weights = torch.where(valid, weights, 0.0)
-    return weights if spec.scoring == "softmax" else divide_by_sum(weights)
+    return divide_by_sum(weights) if spec.rule.renormalises else weights
 
 
 def divide_by_sum(weights: Tensor) -> Tensor:
@@ -387,6 +387,22 @@ def sigmoid(logits: Tensor) -> Tensor:
     e = exp(-logits.abs())
     r = (1.0 + e).reciprocal()
     return torch.where(logits >= 0, r, e * r)
+
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """sqrt(log(1 + e^z)), elementwise; 0 where z < -87. log(1 + e) = 2 artanh(s) with s = e / (2 + e), whose
+    series in s^2 is cut to a polynomial."""
+    e = exp(-logits.abs())
+    s = e / (2.0 + e)
+    t = s * s
+    p = torch.full_like(t, 0.268675476)
+    for c in (0.282339573, 0.400076717, 0.666666389, 2.0):
+        p = p * t + c
+    softplus = logits.clamp(min=0) + s * p
+    return softplus.double().sqrt().float()  # a float32 root of torch is not always rounded to the nearest
+
+
+AFFINITIES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
 def to_fixed_point(utility: Tensor) -> Tensor:

@@ -40,7 +40,11 @@ typedef enum xshare_scoring {
     XSHARE_SOFTMAX = 0,         // OLMoE, DeepSeek-V2-Lite
     XSHARE_SOFTMAX_RENORM = 1,  // Mixtral, Qwen3-MoE
     XSHARE_TOPK_SOFTMAX = 2,    // gpt-oss
-    XSHARE_SIGMOID_BIAS = 3     // DeepSeek-V3, Kimi-K2, GLM-4.5
+    XSHARE_SIGMOID_BIAS = 3,    // DeepSeek-V3, Kimi-K2, GLM-4.5
+    XSHARE_SOFTMAX_BIAS = 4,
+    XSHARE_SOFTMAX_BIAS_RENORM = 5,  // ERNIE-4.5, Mistral 4 with groups
+    XSHARE_TOPK_SIGMOID = 6,         // Llama 4, Kolibri 1
+    XSHARE_SQRT_SOFTPLUS_BIAS = 7    // DeepSeek-V4
 } xshare_scoring;
 
 // What an expert is worth to a row.
@@ -94,7 +98,7 @@ typedef struct xshare_route_tensors {
     uint32_t struct_size;
     const void* router_logits;     // [T, E] logits_dtype; -inf bans an expert from a row. A row with NaN,
                                    // +inf or fewer than top_k experts to choose from is padding
-    const float* correction_bias;  // [E], only with XSHARE_SIGMOID_BIAS; NULL = zeros
+    const float* correction_bias;  // [E], of scorings with a bias; NULL = zeros
     const int32_t* request_ids;    // [T], >= 0, or -1 = padding; request_budget needs it; NULL = no padding
     const uint8_t* exempt;         // [T], not 0 = the row keeps its own top-k; NULL = none
     const int32_t* expert_gpu;     // [E], 0 .. E-1; gpu_budget needs it; NULL = all on one GPU
