@@ -58,13 +58,17 @@ class BuildLibrary(build_ext):
 
 
 class BuildPython(build_py):
-    """Also puts the line into site-packages that takes XShare into TensorRT-LLM's worker processes."""
+    """Also puts the line into site-packages that takes XShare into TensorRT-LLM's worker processes, and the
+    kernels' and the plugin's sources into the package."""
 
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:
-            hook = runpy.run_path(str(ROOT / "xshare_trtllm" / "trtllm" / "startup.py"))
-            Path(self.build_lib, hook["HOOK_FILE"]).write_text(hook["HOOK_LINE"])
+        if self.editable_mode:
+            return
+        hook = runpy.run_path(str(ROOT / "xshare_trtllm" / "trtllm" / "startup.py"))
+        Path(self.build_lib, hook["HOOK_FILE"]).write_text(hook["HOOK_LINE"])
+        package = Path(self.build_lib, "xshare_trtllm", "plugins")
+        shutil.copytree(ROOT / "plugins", package, dirs_exist_ok=True)
 
 
 class PlatformWheel(bdist_wheel):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from xshare_trtllm.kernels import compile as compiling
 from xshare_trtllm.kernels import launch
 from xshare_trtllm.kernels.setting import KERNELS, Setting
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_nvrtc = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
 
 ROUTE = ("expert_ids", "expert_weights", "active_experts", "stats")
@@ -160,6 +163,27 @@ def test_codes_and_sources() -> None:
     names = re.findall(r"XSHARE_KERNEL_(\w+) = (\d+)", plan)
     assert [int(number) for _, number in names] == list(range(len(KERNELS)))
     assert [kernel.removeprefix("route_").upper() for kernel in KERNELS] == [name for name, _ in names]
+
+
+def test_a_wheel_has_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    monkeypatch.setattr(compiling, "PACKAGE", tmp_path / "xshare_trtllm")
+    functions = (compiling.source_folder, compiling.sources)
+    checkouts = compiling.sources()
+    try:
+        for function in functions:
+            function.cache_clear()
+        assert compiling.source_folder().is_relative_to(tmp_path)
+        assert compiling.sources() == checkouts
+        assert (compiling.source_folder() / "tensorrt" / "routing_plugin.cpp").is_file()
+        shutil.rmtree(tmp_path / "xshare_trtllm" / "plugins")
+        compiling.source_folder.cache_clear()
+        with pytest.raises(RuntimeError, match=r"sources are missing .* install xshare-trtllm again"):
+            compiling.source_folder()
+    finally:
+        for function in functions:
+            function.cache_clear()
 
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:

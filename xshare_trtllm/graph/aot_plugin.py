@@ -30,8 +30,8 @@ from xshare_trtllm import __version__
 from xshare_trtllm.config import NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
 from xshare_trtllm.graph.inputs import GraphInputs
 from xshare_trtllm.graph.routing import INPUT_NAMES, Outputs
+from xshare_trtllm.kernels.compile import source_folder
 
-SOURCES = Path(__file__).resolve().parents[2] / "plugins"
 NAMESPACE = "xshare"
 MAX_ROWS = 256  # kStepRows of plugins/cuda/args.h: what one launch can take
 COMPUTE_CAPABILITIES = {"SM80": 80, "SM90": 90}  # and what is newer; SM90 with clusters
@@ -212,9 +212,8 @@ def find_nvcc() -> str | None:
 @cache
 def compile_ptx(macros: tuple[str, ...], architecture: int) -> str:
     """plugins/cuda/aot.cu as PTX for `compute_<architecture>`."""
-    source = SOURCES / "cuda" / "aot.cu"
-    if not source.exists():
-        raise RuntimeError(f"{source} is missing: ahead-of-time plugins are built from a source checkout")
+    sources = source_folder()
+    source = sources / "cuda" / "aot.cu"
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError(
@@ -224,7 +223,7 @@ def compile_ptx(macros: tuple[str, ...], architecture: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "aot.ptx")
         options = ("-std=c++17", "-O3", "--fmad=false", "-ptx", f"-arch=compute_{architecture}", *macros)
-        includes = (f"-I{SOURCES}", f"-I{SOURCES / 'include'}")
+        includes = (f"-I{sources}", f"-I{sources / 'include'}")
         command = [nvcc, *options, *includes, str(source), "-o", str(ptx)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
