@@ -6,6 +6,7 @@ under that name, an nvidia-smi that prints what the real one prints for the same
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from xshare_trtllm.doctor import find_image
 from xshare_trtllm.engines.environment import PACKAGE
 from xshare_trtllm.trtllm.build_command import OUR_IMPORT
 
@@ -171,6 +173,51 @@ def test_contract_a_machine_where_both_paths_run(machine: Machine) -> None:
     need = ("--need", "trtllm-serve", "--model")
     assert machine.run(*need, "GptOssForCausalLM").returncode == 0
     assert machine.run(*need, "Llama4ForConditionalGeneration").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "found"),
+    [
+        ((8, 0), "machine code for 8.0"),
+        ((8, 9), "machine code for 8.0"),
+        ((8, 7), ""),  # a Jetson takes no desktop's code
+        ((9, 0), "machine code for 9.0"),
+        ((10, 3), "machine code for 10.0"),
+        ((11, 0), "PTX of 9.0, of which the driver makes code at first use"),
+        ((12, 1), "machine code for 12.0"),
+        ((13, 0), "PTX of 9.0, of which the driver makes code at first use"),
+    ],
+)
+def test_which_image_a_gpu_runs(capability: tuple[int, int], found: str) -> None:
+    defaults = re.search(
+        r"XSHARE_DEFAULT_ARCHITECTURES (.*)\)", (ROOT / "plugins/cuda/architectures.cmake").read_text()
+    )
+    assert defaults is not None
+    assert find_image(defaults[1].split(), capability) == found
+    assert find_image(["87-real"], capability) == (
+        "machine code for 8.7" if capability in ((8, 7), (8, 9)) else ""
+    )
+
+
+@needs_compiler
+def test_contract_a_library_without_code_for_the_gpu(machine: Machine) -> None:
+    """Not the library, then, but the kernels that are compiled; a plugin has only its own."""
+    machine.trtllm("1.2.1", "torch_stand_in")
+    machine.gpu(H100)
+    machine.library("XSHARE_PLUGIN", PLUGIN.replace(HEADERS, f"{HEADERS}, code for 80-real 120-virtual"))
+    built = 'const char* xshare_cuda_architectures(void) { return "80-real"; }'
+    machine.library("XSHARE_CUDA_LIBRARY", CUDA + built)
+    checks = machine.examine()
+    assert str(checks["libxshare_cuda.so"]["found"]).endswith("0.1.0, code for 80-real")
+    for library in ("libxshare_cuda.so", "libnvinfer_plugin_xshare.so"):
+        image = checks[f"{library} on GPU 0"]
+        assert (image["ok"], image["found"]) == (False, "no code for it")
+        assert image["mend"] == "build_scripts/build_plugin.sh sm_90"
+    engine = checks["trtllm-build --plugin xshare"]
+    assert not engine["ok"] and engine["found"] == "libnvinfer_plugin_xshare.so on GPU 0: no code for it"
+    if checks["compiled kernels"]["ok"]:
+        assert "by NVRTC" in str(checks["compiled kernels"]["found"])
+        assert checks["trtllm-serve with XShare"]["ok"]
 
 
 def test_contract_their_own_trtllm_build(machine: Machine) -> None:

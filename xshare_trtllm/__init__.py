@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    *("RouterSpec", "Routing", "RoutingStats", "XShareConfig", "__version__"),
-    *("mask_logits", "route", "warm_up"),
+    "RouterSpec",
+    "Routing",
+    "RoutingStats",
+    "XShareConfig",
+    "__version__",
+    "mask_logits",
+    "route",
+    "warm_up",
 ]
 
 _HOME = {  # where each name lives: imported when first asked for, so that the configuration needs no torch

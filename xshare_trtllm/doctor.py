@@ -14,6 +14,8 @@ from typing import Any
 import click
 
 from xshare_trtllm.engines import environment
+from xshare_trtllm.kernels import store
+from xshare_trtllm.kernels.compile import HOW_TO_INSTALL, compiler_version, why_not
 
 PACKAGES = (
     *("torch", "transformers", "onnx", "tensorrt-llm", "tensorrt", "cuda-python"),
@@ -62,9 +64,12 @@ def text(name):
 has = lambda name: hasattr(library, name)
 print(json.dumps({
     "version": text("xshare_version"), "build": text("xshare_plugin_build"),
+    "architectures": text("xshare_cuda_architectures"),
     "device": has("xshare_route_cuda"), "plugin": has("getCreators"), "host": has("xshare_route_cpu"),
 }))
 """
+COMPILED = "compiled kernels"
+_JETSONS = ((8, 7), (11, 0))  # Orin and Thor
 _SYMBOLS = {environment.HOST: "host", environment.CUDA: "device", environment.PLUGIN: "plugin"}
 
 
@@ -88,8 +93,10 @@ def examine() -> list[Check]:
     gpus = _gpus()
     libraries = [_library(name, *probe) for name, probe in probes.items()]
     inside = [] if inspection is None else _inspected(inspection)
-    known = [*packages, *libraries, *gpus, *inside]
-    return [*packages, *libraries, _trtllm_build(), *gpus, *inside, *_paths(known)]
+    libraries.append(_compiling())
+    images = [image for library in libraries for gpu in gpus for image in _images(library, gpu)]
+    known = [*packages, *libraries, *gpus, *images, *inside]
+    return [*packages, *libraries, _trtllm_build(), *gpus, *images, *inside, *_paths(known)]
 
 
 def _by_name(checks: list[Check]) -> dict[str, Check]:
@@ -171,9 +178,47 @@ def _library(name: str, path: Path | None, process: subprocess.Popen[str] | None
     if not facts[_SYMBOLS[name]]:
         return Check("library", name, False, f"{path}: loads, but is another library", mend)
     known = facts["build"] or facts["version"]
+    if facts["architectures"]:
+        known += f", code for {facts['architectures']}"
     if name == environment.PLUGIN and not facts["build"]:
         known = "does not say with which TensorRT headers it was built"
     return Check("library", name, True, f"{path}: {known}")
+
+
+def _compiling() -> Check:
+    """Kernels that need no library: compiled when a layer's setting is first used."""
+    problem = why_not()
+    if problem is not None:
+        return Check("library", COMPILED, False, problem, HOW_TO_INSTALL)
+    compiler = ".".join(map(str, compiler_version()))
+    return Check("library", COMPILED, True, f"by NVRTC {compiler} at first use, kept in {store.folder()}")
+
+
+def _images(library: Check, gpu: Check) -> list[Check]:
+    """Whether a library has code for a GPU: one line, or none where there is nothing to compare."""
+    _, has_images, architectures = library.found.partition(", code for ")
+    _, is_known, capability = gpu.found.partition("compute capability ")
+    if not (library.ok and has_images and gpu.ok and is_known):
+        return []
+    major, minor = _numbers(capability.split(",")[0])
+    found = find_image(architectures.split(), (major, minor))
+    mend = "" if found else f"{_PLUGIN} sm_{major}{minor}"
+    return [Check("image", f"{library.name} on {gpu.name}", bool(found), found or "no code for it", mend)]
+
+
+def find_image(architectures: list[str], capability: tuple[int, int]) -> str:
+    """What of a library's images a GPU runs: "" = none.
+
+    architectures  `90-real` is machine code for 9.0, `90-virtual` PTX of it
+    """
+    numbers = [(divmod(int(name.split("-")[0]), 10), name.endswith("-virtual")) for name in architectures]
+    real = [version for version, is_ptx in numbers if not is_ptx and version[0] == capability[0]]
+    # Machine code runs on later GPUs of its family, but not from a desktop to a Jetson.
+    fitting = [v for v in real if v == capability or (v < capability and capability not in _JETSONS)]
+    if fitting:
+        return "machine code for {}.{}".format(*max(fitting))
+    ptx = [version for version, is_ptx in numbers if is_ptx and version <= capability]
+    return "PTX of {}.{}, of which the driver makes code at first use".format(*max(ptx)) if ptx else ""
 
 
 def _trtllm_build() -> Check:
@@ -221,14 +266,24 @@ def _paths(checks: list[Check]) -> list[Check]:
     gpu = next((check for check in checks if check.group == "GPU" and check.ok), None)
     gpu = gpu or next(check for check in checks if check.group == "GPU")
     torch, trtllm = by_name["torch"], by_name["tensorrt-llm"]
-    engine = [_engine_version(trtllm), by_name[environment.PLUGIN], gpu]
-    backend = [by_name.get(_HOOK, trtllm), by_name[environment.CUDA], gpu]
+    plugin = by_name.get(f"{environment.PLUGIN} on {gpu.name}", by_name[environment.PLUGIN])
+    engine = [_engine_version(trtllm), plugin, gpu]
+    backend = [by_name.get(_HOOK, trtllm), _kernels(by_name), gpu]
     return [
         _path(PATHS["demo"], [torch, by_name["transformers"]], _host(by_name)),
         _path(PATHS["export"], [torch, by_name["onnx"]], "exports"),
         _path(PATHS["trtllm-build"], engine, f"{ENGINE_PATH}, one GPU of 8.0 or newer"),
         _path(PATHS["trtllm-serve"], backend, "PyTorch backend"),
     ]
+
+
+def _kernels(by_name: dict[str, Check]) -> Check:
+    """Compiled, or else of the library."""
+    compiled = by_name[COMPILED]
+    if compiled.ok and by_name[environment.HOST].ok:
+        return compiled
+    images = (check for check in by_name.values() if check.name.startswith(f"{environment.CUDA} on "))
+    return next(images, by_name[environment.CUDA])
 
 
 def _host(by_name: dict[str, Check]) -> str:

@@ -1,8 +1,8 @@
 """`torch.ops.xshare.route` and `torch.ops.xshare.mask_logits`: the native libraries behind torch's dispatch.
 
-The library is a plain C ABI (plugins/include/xshare/), called through `ctypes` with the tensors' addresses, so
-that one build serves every torch version. For tensors on a CUDA device the kernels are compiled when a setting
-is first used (kernels/), or, where XSHARE_CUDA_LIBRARY names it or there is no cuda-python, those of
+The library is a plain C ABI (plugins/include/xshare/), called through `ctypes` with the tensors' addresses,
+so that one build serves every torch version. For tensors on a CUDA device the kernels are compiled when a
+setting is first used (kernels/), or, where XSHARE_CUDA_LIBRARY names it or there is no cuda-python, those of
 libxshare_cuda.so are taken. Nothing is loaded at import.
 
 On a CUDA device a call is enqueued on torch's current stream, with outputs and workspace from torch's caching
@@ -25,8 +25,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from xshare_trtllm import kernels
 from xshare_trtllm.config import MODES, NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XShareConfig
+from xshare_trtllm.kernels.compile import why_not
+from xshare_trtllm.kernels.launch import PLAN_BYTES, enqueue
+from xshare_trtllm.kernels.setting import PARAMS, TENSORS
 
 LIBRARY = Path(__file__).parent / "lib" / "libxshare.so"
 CUDA_LIBRARY = Path(os.environ.get("XSHARE_CUDA_LIBRARY") or LIBRARY.with_name("libxshare_cuda.so"))
@@ -38,7 +40,6 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
 _CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
 
-_PARAMS, _TENSORS = kernels.PARAMS, kernels.TENSORS
 _DIAL = struct.Struct("@dii")  # xshare_dial
 _EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
 _EXPERTS_TENSORS = struct.Struct("@I6P")  # xshare_experts_tensors
@@ -71,9 +72,9 @@ def cuda_available() -> bool:
 
 def why_no_cuda() -> str | None:
     """What is missing for tensors on a CUDA device, with the command that helps; None = nothing."""
-    if _load_cuda() is not None or (kernels.why_not() is None and available()):
+    if _load_cuda() is not None or (why_not() is None and available()):
         return None
-    compiling = kernels.why_not() or f"{LIBRARY.name} is not built"
+    compiling = why_not() or f"{LIBRARY.name} is not built"
     return f"kernels cannot be compiled here ({compiling}), and {CUDA_LIBRARY.name} is not built"
 
 
@@ -292,7 +293,7 @@ def _prebuilt() -> ctypes.CDLL | None:
     problem = why_no_cuda()
     if problem is not None:
         raise RuntimeError(problem)
-    if kernels.why_not() is None and available() and not os.environ.get("XSHARE_CUDA_LIBRARY"):
+    if why_not() is None and available() and not os.environ.get("XSHARE_CUDA_LIBRARY"):
         return None
     return _load_cuda()
 
@@ -372,7 +373,7 @@ def pack_params(num_tokens: int, num_experts: int, dtype: torch.dtype, values: S
     if dtype_code is None:
         raise ValueError(f"router_logits: dtype must be float32, bfloat16 or float16, got {dtype}")
     shape = (num_tokens, num_experts, top_k, code, num_groups, top_k_groups)
-    return _PARAMS.pack(_PARAMS.size, *shape, scale, dtype_code, *budgets, utility_code, 0.0, coverage)
+    return PARAMS.pack(PARAMS.size, *shape, scale, dtype_code, *budgets, utility_code, 0.0, coverage)
 
 
 _packed_params = lru_cache(maxsize=1024)(pack_params)
@@ -407,8 +408,8 @@ def _call(
     if expert_gpu is not None:
         _check_shape("expert_gpu", expert_gpu, num_experts)
         gpus = _as_int32(expert_gpu)
-    tensors = _TENSORS.pack(
-        _TENSORS.size,
+    tensors = TENSORS.pack(
+        TENSORS.size,
         logits.data_ptr(),
         _address(bias),
         _address(ids),
@@ -456,7 +457,7 @@ def _enqueue(params: bytes, tensors: bytes, device: torch.device) -> None:
     library = _prebuilt()
     with torch.cuda.device(device):
         if library is None:
-            return kernels.enqueue(params, tensors, device, _plan_launches)
+            return enqueue(params, tensors, device, _plan_launches)
         size = _cuda_workspace_size(params)
         workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         stream = torch.cuda.current_stream().cuda_stream
@@ -474,7 +475,7 @@ def _cuda_workspace_size(params: bytes) -> int:
 
 def _plan_launches(params: bytes, tensors: bytes, gpu: bytes) -> bytes:
     """An `xshare_launch_plan`."""
-    plan = ctypes.create_string_buffer(struct.pack("@I", kernels.PLAN_BYTES), kernels.PLAN_BYTES)
+    plan = ctypes.create_string_buffer(struct.pack("@I", PLAN_BYTES), PLAN_BYTES)
     _raise_unless_ok(_library().xshare_plan_launches(params, tensors, gpu, plan))
     return plan.raw
 

@@ -159,10 +159,10 @@ def warm_up(
 ) -> None:
     """Makes `route` and `mask_logits` ready to be captured in a CUDA graph, for any number of rows.
 
-    On a CUDA device their kernels are compiled for what the arguments say: the router, the logits' dtype, which
-    limits are on and which tensors there are. That takes seconds, and milliseconds once they are on disk
-    (in XSHARE_CACHE, else ~/.cache/xshare-trtllm); a capture that comes first is refused. Arguments and errors
-    as for `route`.
+    On a CUDA device their kernels are compiled for what the arguments say: the router, the logits' dtype,
+    which limits are on and which tensors there are. That takes seconds, and milliseconds once they are on
+    disk (in XSHARE_CACHE, else ~/.cache/xshare-trtllm); a capture that comes first is refused. Arguments and
+    errors as for `route`.
     """
     tensors = (correction_bias, request_ids, exempt, expert_gpu)
     run = _prepare(router_logits, spec, config, *tensors, "auto", False)

@@ -74,9 +74,7 @@ XSHARE_DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
 XSHARE_DEVICE void cluster_leave() { __cluster_barrier_arrive_relaxed(); }
 XSHARE_DEVICE void cluster_wait() { __cluster_barrier_wait(); }
 XSHARE_DEVICE void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-XSHARE_DEVICE void allow_next_kernel() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
+XSHARE_DEVICE void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 #else
 
@@ -127,9 +125,9 @@ XSHARE_DEVICE uint64_t warp_add_wide(uint64_t value) {
     return (high << 26) + warp_add(static_cast<uint32_t>(value) & 0x3ffffffu);
 }
 
-// Of kSize blocks, or of as many as the launch says where that is 0. A barrier is arrive, which publishes what
-// the thread wrote, and wait. leave says no more than that the thread is done with its peers' memory, which
-// spares it a fence; nobody may end before all have left.
+// Of kSize blocks, or of as many as the launch says where that is 0. A barrier is arrive, which publishes
+// what the thread wrote, and wait. leave says no more than that the thread is done with its peers' memory,
+// which spares it a fence; nobody may end before all have left.
 template <int kSize>
 struct Team {
     static constexpr bool kIsBlock = kSize == 1;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One kernel for one setting of a layer, compiled when a host first needs it (xshare_trtllm/kernels): what the
-// macros say is known here, so that a call executes little more than it needs; the budgets, the coverage and
-// the addresses are arguments. Whoever launches it must have made the macros from the same call.
+// One kernel for one setting of a layer, compiled when a host first needs it (xshare_trtllm/kernels): what
+// the macros say is known here, so that a call executes little more than it needs; the budgets, the coverage
+// and the addresses are arguments. Whoever launches it must have made the macros from the same call.
 #include "cuda/kernel.cuh"
 
 #if defined(__CUDACC__)
@@ -18,8 +18,8 @@
 #define XSHARE_FIX_NUMBER(name, limits, off) \
     if (!(limits)) args.p.name = (off);      \
     XSHARE_ASSUME(!(limits) || args.p.name != (off))
-#define XSHARE_FIX_POINTER(name, is_there)     \
-    if (!(is_there)) args.t.name = nullptr;    \
+#define XSHARE_FIX_POINTER(name, is_there)  \
+    if (!(is_there)) args.t.name = nullptr; \
     XSHARE_ASSUME(!(is_there) || args.t.name != nullptr)
 
 namespace xshare {

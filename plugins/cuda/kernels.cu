@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Built once per number of experts that a lane holds, with XSHARE_EXPERTS_PER_LANE naming it.
-#include "cuda/kernels.h"
-
 #include "cuda/kernel.cuh"
+#include "cuda/kernels.h"
 
 namespace xshare {
 
@@ -10,10 +9,10 @@ namespace {
 
 constexpr int V = XSHARE_EXPERTS_PER_LANE;
 
-#define XSHARE_KERNEL(name, kernel, given, max_threads, min_blocks)                \
-    __global__ void __launch_bounds__(max_threads, min_blocks)                     \
-        name##_kernel(const __grid_constant__ RouteArgs args) {                    \
-        run_kernel<kernel, V>(given);                                              \
+#define XSHARE_KERNEL(name, kernel, given, max_threads, min_blocks) \
+    __global__ void __launch_bounds__(max_threads, min_blocks)      \
+        name##_kernel(const __grid_constant__ RouteArgs args) {     \
+        run_kernel<kernel, V>(given);                               \
     }
 
 XSHARE_KERNEL(route_block, XSHARE_KERNEL_BLOCK, args, step_threads(V), 1)

@@ -62,8 +62,8 @@ cudaLaunchAttribute cluster_of(int team_size) {
     return attribute;
 }
 
-// The largest cluster that the device has room for: it must lie in one group of multiprocessors, of which some
-// devices have few. One of more than kPortableTeamSize blocks must be allowed for the kernel.
+// The largest cluster that the device has room for: it must lie in one group of multiprocessors, of which
+// some devices have few. One of more than kPortableTeamSize blocks must be allowed for the kernel.
 int find_largest_team(int experts_per_lane) {
     int most = std::min(number_from_environment("XSHARE_CLUSTER_SIZE", kMaxTeamSize), kMaxTeamSize);
     for (const bool plain : {false, true}) {
@@ -93,8 +93,8 @@ cudaError_t fit(int ordinal, int experts_per_lane, Fit& found) {
     found.gpu.struct_size = sizeof found.gpu;
     cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
     if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&found.gpu.num_multiprocessors, cudaDevAttrMultiProcessorCount,
-                                       ordinal);
+        error =
+            cudaDeviceGetAttribute(&found.gpu.num_multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     bool is_hopper = true;
     for (int kernel = 0; kernel < XSHARE_NUM_KERNELS && error == cudaSuccess; ++kernel) {
         for (const bool plain : {false, true}) {

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from xshare_trtllm import RouterSpec, XShareConfig, kernels, ops
+from xshare_trtllm import RouterSpec, XShareConfig, ops
 from xshare_trtllm.config import SCORINGS
 from xshare_trtllm.kernels import compile as compiling
 from xshare_trtllm.kernels import launch
 from xshare_trtllm.kernels.setting import KERNELS, Setting
+from xshare_trtllm.kernels.setting import TENSORS as TENSORS_STRUCT
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_nvrtc = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
+needs_nvrtc = pytest.mark.skipif(compiling.why_not() is not None, reason=str(compiling.why_not()))
 
 ROUTE = ("expert_ids", "expert_weights", "active_experts", "stats")
 TENSORS = (
@@ -33,7 +34,7 @@ def setting_of(
 ) -> Setting:
     params = ops.pack_params(16, spec.num_experts, dtype, ops.settings(spec, config))
     addresses = [64 * (name in has) for name in TENSORS]
-    return Setting.of_call(params, kernels.TENSORS.pack(kernels.TENSORS.size, 64, *addresses))
+    return Setting.of_call(params, TENSORS_STRUCT.pack(TENSORS_STRUCT.size, 64, *addresses))
 
 
 GPT_OSS = setting_of(RouterSpec(128, 4, "topk_softmax"), XShareConfig(coverage=0.97), *ROUTE)
@@ -188,8 +189,8 @@ def test_a_wheel_has_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    launch.why_not.cache_clear()
+    compiling.why_not.cache_clear()
     try:
-        assert kernels.why_not() == "cuda-python is not installed: pip install 'xshare-trtllm[cuda]'"
+        assert compiling.why_not() == "cuda-python is not installed: pip install 'xshare-trtllm[cuda]'"
     finally:
-        launch.why_not.cache_clear()
+        compiling.why_not.cache_clear()

@@ -1,8 +1,8 @@
 """Kernels for one setting as they are loaded and launched, without a GPU.
 
-The setting's kernels run on the emulation (tests/native/emulate_fixed.cpp), with the macros that NVRTC gets; the
-driver is a stand-in with the names and arguments of cuda.bindings 13.5, and the launch configurations are that
-package's own objects. Every output must have the bits of the host library.
+The setting's kernels run on the emulation (tests/native/emulate_fixed.cpp), with the macros that NVRTC gets;
+the driver is a stand-in with the names and arguments of cuda.bindings 13.5, and the launch configurations are
+that package's own objects. Every output must have the bits of the host library.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from xshare_trtllm import RouterSpec, XShareConfig, kernels, ops, warm_up
+from xshare_trtllm import RouterSpec, XShareConfig, ops, warm_up
 from xshare_trtllm.kernels import launch
-from xshare_trtllm.kernels.setting import KERNELS, Setting
+from xshare_trtllm.kernels.setting import KERNELS, TENSORS, Setting
 
 driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-python: pip install cuda-bindings")
 
@@ -248,7 +248,9 @@ def test_contract_a_thread_without_a_context_takes_torchs(gpu: Driver) -> None:
     gpu.cuDevicePrimaryCtxRetain = lambda device: (0, f"primary of {device}")  # type: ignore[attr-defined]
     gpu.cuCtxSetCurrent = lambda context: (entered.append(context) or 0,)  # type: ignore[attr-defined]
     for _ in range(2):
-        ops._route_cuda(logits(4, GPT_OSS, 1), *[None] * 4, *ops.settings(GPT_OSS, XShareConfig(coverage=0.9)))
+        ops._route_cuda(
+            logits(4, GPT_OSS, 1), *[None] * 4, *ops.settings(GPT_OSS, XShareConfig(coverage=0.9))
+        )
     assert entered == ["primary of 3"]
 
 
@@ -257,14 +259,15 @@ def test_contract_errors_name_the_call(gpu: Driver) -> None:
     gpu.cuModuleLoadData = lambda image: (failed, None)  # type: ignore[method-assign]
     values = ops.settings(GPT_OSS, XShareConfig(coverage=0.9))
     with pytest.raises(
-        RuntimeError, match=r"cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU, what the driver says: the driver"
+        RuntimeError,
+        match=r"cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU, what the driver says: the driver",
     ):
         ops._route_cuda(logits(4, GPT_OSS, 1), *[None] * 4, *values)
 
 
 def test_plan_refuses_what_does_not_fit_together() -> None:
     params = ops.pack_params(4, 128, torch.float32, ops.settings(GPT_OSS, XShareConfig(24, gpu_budget=3)))
-    tensors = kernels.TENSORS.pack(kernels.TENSORS.size, 64, *[0] * 11)
+    tensors = TENSORS.pack(TENSORS.size, 64, *[0] * 11)
     with pytest.raises(ValueError, match="expert_gpu"):
         ops._plan_launches(params, tensors, launch._GPU.pack(launch._GPU.size, 132, 8))
 

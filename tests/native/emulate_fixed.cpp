@@ -27,8 +27,8 @@ static_assert(sizeof kThreads / sizeof kThreads[0] == XSHARE_NUM_KERNELS);
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void launch(int kernel, void* const* arguments,
-                                                               int num_blocks, int num_threads,
-                                                               int cluster_size) {
+                                                              int num_blocks, int num_threads,
+                                                              int cluster_size) {
     RouteArgs args;
     memcpy(&args, arguments[0], sizeof args);
     emulation::launch({num_blocks, num_threads, cluster_size}, kThreads[kernel], &args);

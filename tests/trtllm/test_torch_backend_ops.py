@@ -157,7 +157,7 @@ def test_contract_errors_are_the_librarys(status: int, kind: type[Exception], li
 
 def test_without_the_library_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "CUDA_LIBRARY", ops.CUDA_LIBRARY.with_name("libnone.so"))
-    monkeypatch.setattr(ops.kernels, "why_not", lambda: "cuda-python is not installed: pip install it")
+    monkeypatch.setattr(ops, "why_not", lambda: "cuda-python is not installed: pip install it")
     for function in (ops._load_cuda, ops._prebuilt):
         function.cache_clear()
     try:

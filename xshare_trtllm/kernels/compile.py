@@ -27,6 +27,21 @@ _C_HEADERS = {
 
 
 @cache
+def why_not() -> str | None:
+    """What is missing to compile kernels here, with the command that helps; None = nothing."""
+    try:
+        import cuda.bindings.driver  # noqa: F401
+
+        compiler_version()
+        source_folder()
+    except ImportError:
+        return f"cuda-python is not installed: {HOW_TO_INSTALL}"
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@cache
 def source_folder() -> Path:
     """plugins/, in the package or in the checkout. Raises RuntimeError where neither has it."""
     for folder in (PACKAGE / "plugins", PACKAGE.parent / "plugins"):

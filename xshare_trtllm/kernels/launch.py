@@ -1,4 +1,4 @@
-"""Compiled kernels, loaded once per device and setting, and their launches: the plan is the native library's."""
+"""Compiled kernels, loaded once per device and setting, and launched as the native library plans."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from typing import Any
 import torch
 
 from xshare_trtllm.kernels import store
-from xshare_trtllm.kernels.compile import (
-    HOW_TO_INSTALL,
-    compile_kernel,
-    compiler_version,
-    find_architecture,
-    identity,
-    source_folder,
-)
+from xshare_trtllm.kernels.compile import compile_kernel, compiler_version, find_architecture, identity
 from xshare_trtllm.kernels.setting import KERNELS, Setting
 
 Plan = Callable[[bytes, bytes, bytes], bytes]
@@ -32,21 +25,6 @@ PLAN_BYTES = struct.calcsize("@IiQQ24i")
 _PLAN = struct.Struct("@IiQQ24i")  # xshare_launch_plan
 _LARGEST_CLUSTER = 16  # kMaxTeamSize of plugins/cuda/args.h
 _PORTABLE_CLUSTER = 8  # kPortableTeamSize
-
-
-@cache
-def why_not() -> str | None:
-    """What is missing to compile kernels here, with the command that helps; None = nothing."""
-    try:
-        import cuda.bindings.driver  # noqa: F401
-
-        compiler_version()
-        source_folder()
-    except ImportError:
-        return f"cuda-python is not installed: {HOW_TO_INSTALL}"
-    except RuntimeError as error:
-        return str(error)
-    return None
 
 
 def enqueue(params: bytes, tensors: bytes, device: torch.device, plan: Plan) -> None:
@@ -217,7 +195,9 @@ def _describe(status: Any) -> str:
     described = f"{status.name}, {text.decode() if text else 'unknown'}"
     if status.name == "CUDA_ERROR_NO_BINARY_FOR_GPU" or "PTX" in status.name:
         compiler = ".".join(map(str, compiler_version()))
-        described += f": the driver is older than NVRTC {compiler}; take an NVRTC of the driver's CUDA version"
+        described += (
+            f": the driver is older than NVRTC {compiler}; take an NVRTC of the driver's CUDA version"
+        )
     return described
 
 

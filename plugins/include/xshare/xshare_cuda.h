@@ -19,9 +19,10 @@ XSHARE_API xshare_status xshare_cuda_workspace_size(const xshare_route_params* p
                                                     size_t* workspace_size);
 
 // Enqueues the routing on `stream` (a cudaStream_t) of the current device and returns: no allocation, no
-// synchronisation, nothing touched but the stream, so it may be captured into a graph (make one call before on
-// this device, with any number of rows, since the first one for so many experts loads the kernels). The structs are read before it returns. Pointers in `tensors` are
-// device pointers; the workspace belongs to the call until the stream has passed it and need not be cleared.
+// synchronisation, nothing touched but the stream, so it may be captured into a graph (make one call before
+// on this device, with any number of rows, since the first one for so many experts loads the kernels). The
+// structs are read before it returns. Pointers in `tensors` are device pointers; the workspace belongs to the
+// call until the stream has passed it and need not be cleared.
 //
 // What device tensors hold cannot be refused on the host. Instead: a correction bias that is not finite
 // counts as 0, a request id below -1 is padding, an expert_gpu out of range is clamped to 0 .. num_experts-1.
