@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +82,74 @@ def test_has_no_races(tree: Path) -> None:
 def test_notices_lanes_that_miss_a_barrier(tree: Path) -> None:
     faulty = run(emulation(tree, "emulate_route"), "divergence")
     assert faulty.returncode != 0 and "a barrier that not all threads reach" in faulty.stderr
+
+
+# ---- Launched on a runtime that only says what it was asked -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fake_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Runs plugins/cuda/route.cpp for a device's major version, an image's PTX version, the largest cluster and
+    numbers of rows."""
+    nvcc = find_nvcc()
+    if nvcc is None or shutil.which("c++") is None:
+        pytest.skip("needs CUDA's headers (nvcc) and a C++ compiler")
+    program = tmp_path_factory.mktemp("runtime") / "fake_runtime"
+    headers = (Path(nvcc).resolve().parents[1] / "include", Path("/usr/local/cuda/include"))
+    includes = (ROOT / "tests" / "native", PLUGINS, PLUGINS / "include", *headers)
+    sources = (ROOT / "tests" / "native" / "fake_runtime.cpp", PLUGINS / "cuda" / "route.cpp")
+    options = ("-std=c++17", "-Wall", "-Wextra", "-Werror", *(f"-I{folder}" for folder in includes))
+    run_well("c++", *options, *map(str, sources), "-o", str(program))
+
+    def launches(*arguments: int, **environment: str) -> list[str]:
+        command = [str(program), *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | environment
+        )
+        return done.stdout.splitlines()
+
+    return launches
+
+
+ASKED = f"asked={2 * 8}"  # every kernel, once: any later call may be captured
+
+
+def test_contract_hopper_has_clusters_and_overlaps(fake_runtime: Callable[..., list[str]]) -> None:
+    assert fake_runtime(9, 90, 16, 1, 16, 17, 256, 300) == [
+        f"block_plain blocks=1 threads=128 cluster=1 programmatic=1 {ASKED}",
+        f"block_plain blocks=1 threads=512 cluster=1 programmatic=1 {ASKED}",
+        f"team_plain blocks=4 threads=160 cluster=4 programmatic=1 {ASKED}",
+        f"team_plain blocks=16 threads=512 cluster=16 programmatic=1 {ASKED}",
+        "memset 1",
+        f"gather_rows blocks=38 threads=256 cluster=1 programmatic=0 {ASKED}",
+        f"refine_rows blocks=38 threads=256 cluster=1 programmatic=1 {ASKED}",
+    ]
+
+
+@pytest.mark.parametrize(("major", "ptx"), ((8, 80), (9, 80), (12, 80)))
+def test_contract_code_for_ampere_has_neither(
+    fake_runtime: Callable[..., list[str]], major: int, ptx: int
+) -> None:
+    """Also where a newer device runs it, made from PTX: such code waits for nothing."""
+    lines = fake_runtime(major, ptx, 16, 16, 32, 33)
+    assert [line.split(" ")[0] for line in lines] == [
+        *("block_plain", "block_plain", "memset", "gather_rows", "refine_rows")
+    ]
+    assert not any("cluster=2" in line or "programmatic=1" in line for line in lines)
+
+
+@pytest.mark.parametrize("most", (8, 4, 2, 1))
+def test_contract_the_largest_cluster_that_there_is_room_for(
+    fake_runtime: Callable[..., list[str]], most: int
+) -> None:
+    first = fake_runtime(10, 100, most, 200)[0]
+    assert first.startswith(f"team_plain blocks={most} " if most > 1 else "memset")
+
+
+def test_contract_switches_of_the_environment(fake_runtime: Callable[..., list[str]]) -> None:
+    switches = {"XSHARE_CLUSTER_SIZE": "2", "XSHARE_PROGRAMMATIC_LAUNCH": "0"}
+    assert "blocks=2 threads=512 cluster=2 programmatic=0" in fake_runtime(9, 90, 16, 100, **switches)[0]
+    assert "programmatic=1" in fake_runtime(9, 90, 16, 100, XSHARE_PROGRAMMATIC_LAUNCH="1")[0]
 
 
 # ---- Built by nvcc ----------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Loaded:
             return known
         _, count, size, cleared, *numbers = _PLAN.unpack(plan(params, tensors, self._gpu))
         launches = [
-            self._launch(*numbers[4 * place : 4 * place + 4], overlaps=place > 0 or cleared == 0)
+            self._launch(numbers[4 * place : 4 * place + 4], place > 0 or cleared == 0)
             for place in range(count)
         ]
         if len(self._plans) >= 1024:
@@ -100,7 +100,9 @@ class Loaded:
         self._plans[params] = size, cleared, launches
         return self._plans[params]
 
-    def _launch(self, kernel: int, blocks: int, threads: int, cluster: int, overlaps: bool) -> Launch:
+    def _launch(self, numbers: list[int], overlaps: bool) -> Launch:
+        """From an `xshare_launch`, which may overlap the kernel before it."""
+        kernel, blocks, threads, cluster = numbers
         programmatic = self._is_hopper and overlaps and os.environ.get("XSHARE_PROGRAMMATIC_LAUNCH") != "0"
         config = _launch_config(blocks, threads, cluster, programmatic)
         return Launch(self._functions[KERNELS[kernel]], config, threading.Lock())
