@@ -89,7 +89,7 @@ def test_notices_lanes_that_miss_a_barrier(tree: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fake_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """Runs plugins/cuda/route.cpp for a device's major version, an image's PTX version, the largest cluster and
+    """Runs plugins/cuda/route.cpp for a device's major version, an image's PTX version, a largest cluster and
     numbers of rows."""
     nvcc = find_nvcc()
     if nvcc is None or shutil.which("c++") is None:
@@ -111,7 +111,7 @@ def fake_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     return launches
 
 
-ASKED = f"asked={2 * 8}"  # every kernel, once: any later call may be captured
+ASKED = f"asked={2 * 9}"  # every kernel, once: any later call may be captured
 
 
 def test_contract_hopper_has_clusters_and_overlaps(fake_runtime: Callable[..., list[str]]) -> None:
@@ -164,6 +164,7 @@ KERNELS = STEP_KERNELS | {
     "gather_rows",
     "place_requests",
     "order_rows",
+    "sum_requests",
     "propose",
     "refine_rows",
     "tally_rows",

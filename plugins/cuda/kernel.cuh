@@ -16,6 +16,7 @@ XSHARE_DEVICE void run_kernel(const RouteArgs& args) {
     if constexpr (kKernel == XSHARE_KERNEL_GATHER_ROWS) gather_rows<V>(args);
     if constexpr (kKernel == XSHARE_KERNEL_PLACE_REQUESTS) place_requests(args);
     if constexpr (kKernel == XSHARE_KERNEL_ORDER_ROWS) order_rows(args);
+    if constexpr (kKernel == XSHARE_KERNEL_SUM_REQUESTS) sum_requests<V>(args);
     if constexpr (kKernel == XSHARE_KERNEL_PROPOSE) propose<V>(args);
     if constexpr (kKernel == XSHARE_KERNEL_REFINE_ROWS) refine_rows<V>(args);
     if constexpr (kKernel == XSHARE_KERNEL_TALLY_ROWS) tally_rows<V>(args);

@@ -22,14 +22,15 @@ XSHARE_KERNEL(route_team_plain, XSHARE_KERNEL_TEAM, args.as_plain(), step_thread
 XSHARE_KERNEL(gather_rows, XSHARE_KERNEL_GATHER_ROWS, args, kRowThreads, 2)
 XSHARE_KERNEL(place_requests, XSHARE_KERNEL_PLACE_REQUESTS, args, kRowThreads, 1)
 XSHARE_KERNEL(order_rows, XSHARE_KERNEL_ORDER_ROWS, args, kRowThreads, 1)
+XSHARE_KERNEL(sum_requests, XSHARE_KERNEL_SUM_REQUESTS, args, kRowThreads, 2)
 XSHARE_KERNEL(propose, XSHARE_KERNEL_PROPOSE, args, kRowThreads, 2)
 XSHARE_KERNEL(refine_rows, XSHARE_KERNEL_REFINE_ROWS, args, kRowThreads, 2)
 XSHARE_KERNEL(tally_rows, XSHARE_KERNEL_TALLY_ROWS, args, kRowThreads, 1)
 
 using Pointer = void (*)(RouteArgs);
-constexpr Pointer kGeneral[] = {route_block_kernel,    route_team_kernel, gather_rows_kernel,
-                                place_requests_kernel, order_rows_kernel, propose_kernel,
-                                refine_rows_kernel,    tally_rows_kernel};
+constexpr Pointer kGeneral[] = {route_block_kernel,    route_team_kernel,  gather_rows_kernel,
+                                place_requests_kernel, order_rows_kernel,  sum_requests_kernel,
+                                propose_kernel,        refine_rows_kernel, tally_rows_kernel};
 static_assert(sizeof kGeneral / sizeof kGeneral[0] == XSHARE_NUM_KERNELS);
 
 Pointer find(xshare_kernel kernel, bool plain) {

@@ -77,6 +77,7 @@ inline xshare_launch_plan make_plan(const RouteArgs& args, const Machine& machin
     if (args.p.request_budget > 0) {
         add(XSHARE_KERNEL_PLACE_REQUESTS, static_cast<int>(workspace.num_slots), threads);
         add(XSHARE_KERNEL_ORDER_ROWS, args.p.num_tokens, threads);
+        if (args.p.num_tokens > kChunkRows) add(XSHARE_KERNEL_SUM_REQUESTS, args.p.num_tokens, kChunkRows);
         add(XSHARE_KERNEL_PROPOSE, args.p.num_tokens, 1);
     }
     add(XSHARE_KERNEL_REFINE_ROWS, args.p.num_tokens, threads / 32);

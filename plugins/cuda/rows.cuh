@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Many rows: blocks gather into global memory, then blocks that all decide the same refine; with requests,
-// three small kernels between them. Kernels of one stream follow each other, so nothing waits inside a
-// kernel.
+// three or four small kernels between them. Kernels of one stream follow each other, so nothing waits inside
+// a kernel.
 //
-//     gather_rows [-> place_requests -> order_rows -> propose] -> refine_rows [-> tally_rows]
+//     gather_rows [-> place_requests -> order_rows [-> sum_requests] -> propose] -> refine_rows [->
+//     tally_rows]
 //
 // The floor at T = 16384, E = 128, fp32: the logits are read twice (8 MiB each; the second time from L2), 6
 // us at 3 TB/s, and 3 launches.
@@ -91,6 +92,8 @@ XSHARE_DEVICE void place_requests(const RouteArgs& args) {
         if (num_rows == 0) continue;
         w.first_of_slot[slot] = device::atomic_add(&w.totals->num_placed_rows, num_rows);
         w.slot_of_request[device::atomic_add(&w.totals->num_requests, 1u)] = slot;
+        if (num_rows > kChunkRows)
+            w.sums_of_slot[slot] = device::atomic_add(&w.totals->num_long_requests, 1u);
     }
 }
 
@@ -109,10 +112,12 @@ struct ProposeShared {
     uint64_t sums[V * device::kWarpSize];
 };
 
-// The column sums of one request's rows, over the block.
+// The column sums of rows of one request, over the block, between barriers.
 template <int V>
-XSHARE_DEVICE void sum_request(const RouteArgs& args, const int32_t* rows, int num_rows,
-                               ProposeShared<V>& shared) {
+XSHARE_DEVICE void sum_rows(const RouteArgs& args, const int32_t* rows, int num_rows,
+                            ProposeShared<V>& shared) {
+    for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads()) shared.sums[i] = 0;
+    device::sync_block();
     Row<V> row;
     for (int i = device::warp(); i < num_rows; i += device::num_warps()) {
         score_row(args, rows[i], false, row);
@@ -120,6 +125,35 @@ XSHARE_DEVICE void sum_request(const RouteArgs& args, const int32_t* rows, int n
         for_each_utility(args, row, [&](int place, uint32_t utility) {
             device::atomic_add(&shared.sums[place], uint64_t{utility});
         });
+    }
+    device::sync_block();
+}
+
+// Stage 3 of requests with many rows: a block takes one chunk of the rows after another, and those of each
+// long request in it.
+template <int V>
+XSHARE_DEVICE void sum_requests(const RouteArgs& args) {
+    XSHARE_SHARED(ProposeShared<V>, shared);
+    const Workspace w(args);
+    device::await_previous_kernel();
+    device::allow_next_kernel();
+    const int num_rows = static_cast<int>(w.totals->num_placed_rows);
+    for (int start = device::block() * kChunkRows; start < num_rows;
+         start += device::num_blocks() * kChunkRows) {
+        const int stop = min_of(start + kChunkRows, num_rows);
+        for (int first = start; first < stop;) {
+            const int32_t slot = w.slot_of_row[w.rows_by_request[first]];
+            const int end = static_cast<int>(w.first_of_slot[slot] + w.slots[slot].num_rows);
+            const int here = min_of(end, stop) - first;
+            if (w.slots[slot].num_rows > kChunkRows) {
+                sum_rows(args, w.rows_by_request + first, here, shared);
+                uint64_t* sums = w.long_requests[w.sums_of_slot[slot]].sums;
+                for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())
+                    if (shared.sums[i] != 0) device::atomic_add(&sums[i], shared.sums[i]);
+                device::sync_block();
+            }
+            first += here;
+        }
     }
 }
 
@@ -133,17 +167,16 @@ XSHARE_DEVICE void propose(const RouteArgs& args) {
     if (step_stands_aside(args, w.totals->num_real_rows, w.totals->sets)) return;
     for (uint32_t request = static_cast<uint32_t>(device::block()); request < w.totals->num_requests;
          request += static_cast<uint32_t>(device::num_blocks())) {
-        for (int i = device::thread(); i < V * device::kWarpSize; i += device::num_threads())
-            shared.sums[i] = 0;
-        device::sync_block();
         const int32_t slot = w.slot_of_request[request];
-        sum_request(args, w.rows_by_request + w.first_of_slot[slot], static_cast<int>(w.slots[slot].num_rows),
-                    shared);
-        device::sync_block();
+        const bool is_long = w.slots[slot].num_rows > kChunkRows;
+        if (!is_long)
+            sum_rows(args, w.rows_by_request + w.first_of_slot[slot],
+                     static_cast<int>(w.slots[slot].num_rows), shared);
         if (device::warp() == 0) {
+            const uint64_t* from = is_long ? w.long_requests[w.sums_of_slot[slot]].sums : shared.sums;
             uint64_t sums[V];
             XSHARE_UNROLL
-            for (int i = 0; i < V; ++i) sums[i] = shared.sums[i * device::kWarpSize + device::lane()];
+            for (int i = 0; i < V; ++i) sums[i] = from[i * device::kWarpSize + device::lane()];
             const uint32_t proposed = take_largest(sums, Room{static_cast<uint32_t>(args.p.request_budget)});
             XSHARE_UNROLL
             for (int i = 0; i < V; ++i)

@@ -25,7 +25,19 @@ struct Totals {
     uint64_t sums[kMaxExperts], proposed[kMaxExperts];  // laid out as in row.cuh
     Sets sets;
     uint32_t active[32];
-    uint32_t num_real_rows, num_placed_rows, num_requests, warmup_overflow;
+    uint32_t num_real_rows, num_placed_rows, num_requests, num_long_requests, warmup_overflow;
+};
+
+// A request with more rows than this is summed up by several blocks.
+#if defined(XSHARE_CHUNK_ROWS)  // fewer, for tests
+constexpr int kChunkRows = XSHARE_CHUNK_ROWS;
+#else
+constexpr int kChunkRows = 256;
+#endif
+
+// The column sums of one such request.
+struct RequestSums {
+    uint64_t sums[kMaxExperts];  // laid out as in row.cuh
 };
 
 // Of an open hash table.
@@ -39,7 +51,9 @@ class Workspace {
   public:
     Totals* totals = nullptr;
     Slot* slots = nullptr;                 // [num_slots]
+    RequestSums* long_requests = nullptr;  // [T / kChunkRows]
     uint32_t* first_of_slot = nullptr;     // [num_slots] the request's first place in rows_by_request
+    uint32_t* sums_of_slot = nullptr;      // [num_slots] the place in long_requests, of a long one
     int32_t* slot_of_request = nullptr;    // [T]
     int32_t* slot_of_row = nullptr;        // [T], -1 = takes no part
     uint32_t* place_in_request = nullptr;  // [T]
@@ -54,8 +68,10 @@ class Workspace {
         const uint32_t rows = static_cast<uint32_t>(args.p.num_tokens);
         for (num_slots = 1; num_slots < 2 * rows; num_slots *= 2) --hash_shift;
         take(slots, num_slots);
+        take(long_requests, rows / kChunkRows);
         cleared_ = used_;
         take(first_of_slot, num_slots);
+        take(sums_of_slot, num_slots);
         take(slot_of_request, rows);
         take(slot_of_row, rows);
         take(place_in_request, rows);

@@ -20,8 +20,9 @@ void run_thread(const void* argument) {
 constexpr void (*kThreads[])(const void*) = {
     run_thread<XSHARE_KERNEL_BLOCK>,       run_thread<XSHARE_KERNEL_TEAM>,
     run_thread<XSHARE_KERNEL_GATHER_ROWS>, run_thread<XSHARE_KERNEL_PLACE_REQUESTS>,
-    run_thread<XSHARE_KERNEL_ORDER_ROWS>,  run_thread<XSHARE_KERNEL_PROPOSE>,
-    run_thread<XSHARE_KERNEL_REFINE_ROWS>, run_thread<XSHARE_KERNEL_TALLY_ROWS>};
+    run_thread<XSHARE_KERNEL_ORDER_ROWS>,  run_thread<XSHARE_KERNEL_SUM_REQUESTS>,
+    run_thread<XSHARE_KERNEL_PROPOSE>,     run_thread<XSHARE_KERNEL_REFINE_ROWS>,
+    run_thread<XSHARE_KERNEL_TALLY_ROWS>};
 static_assert(sizeof kThreads / sizeof kThreads[0] == XSHARE_NUM_KERNELS);
 
 }  // namespace

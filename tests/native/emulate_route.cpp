@@ -61,6 +61,8 @@ void run_thread(const void* argument) {
             return run_kernel<XSHARE_KERNEL_PLACE_REQUESTS, V>(job.args);
         case XSHARE_KERNEL_ORDER_ROWS:
             return run_kernel<XSHARE_KERNEL_ORDER_ROWS, V>(job.args);
+        case XSHARE_KERNEL_SUM_REQUESTS:
+            return run_kernel<XSHARE_KERNEL_SUM_REQUESTS, V>(job.args);
         case XSHARE_KERNEL_PROPOSE:
             return run_kernel<XSHARE_KERNEL_PROPOSE, V>(job.args);
         case XSHARE_KERNEL_REFINE_ROWS:

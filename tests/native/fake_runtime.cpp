@@ -16,8 +16,8 @@ namespace {
 int device_major, ptx_version, max_cluster, num_attributes_asked;
 char kernels[2][XSHARE_NUM_KERNELS];
 
-const char* const kNames[] = {"block",      "team",    "gather_rows", "place_requests",
-                              "order_rows", "propose", "refine_rows", "tally_rows"};
+const char* const kNames[] = {"block",        "team",    "gather_rows", "place_requests", "order_rows",
+                              "sum_requests", "propose", "refine_rows", "tally_rows"};
 
 }  // namespace
 

@@ -16,13 +16,13 @@ import torch
 
 from xshare_trtllm.kernels import store
 from xshare_trtllm.kernels.compile import compile_kernel, compiler_version, find_architecture, identity
-from xshare_trtllm.kernels.setting import KERNELS, Setting
+from xshare_trtllm.kernels.setting import KERNELS, TENSORS, Setting
 
 Plan = Callable[[bytes, bytes, bytes], bytes]
 
 _GPU = struct.Struct("@Iii")  # xshare_gpu
-PLAN_BYTES = struct.calcsize("@IiQQ24i")
-_PLAN = struct.Struct("@IiQQ24i")  # xshare_launch_plan
+PLAN_BYTES = struct.calcsize("@IiQQ28i")
+_PLAN = struct.Struct("@IiQQ28i")  # xshare_launch_plan
 _LARGEST_CLUSTER = 16  # kMaxTeamSize of plugins/cuda/args.h
 _PORTABLE_CLUSTER = 8  # kPortableTeamSize
 
@@ -37,9 +37,11 @@ def enqueue(params: bytes, tensors: bytes, device: torch.device, plan: Plan) -> 
     Raises RuntimeError where a CUDA call fails, and where the stream is being captured into a graph while the
     kernels for this setting have not been loaded.
     """
-    _enter_context(device.index)
-    loaded = _load(Setting.of_call(params, tensors), device.index)
-    size, cleared, launches = loaded.plan(params, tensors, plan)
+    has = tuple(map(bool, TENSORS.unpack(tensors)))
+    call = _calls.get((params, has, device.index))
+    if call is None or not _in_context():
+        call = _prepare(params, tensors, has, device.index, plan)
+    size, cleared, launches = call
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
     address = 0 if workspace is None else workspace.data_ptr()
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -69,6 +71,10 @@ class Launch:
             _call("cuLaunchKernelEx", self.config, self.function, arguments, 0)
 
 
+# Bytes of workspace, how many of them are to be cleared, and what is launched then.
+Call = tuple[int, int, list[Launch]]
+
+
 class Loaded:
     """The kernels of one setting on one device."""
 
@@ -83,22 +89,14 @@ class Loaded:
         largest = self._largest_cluster(setting) if self._is_hopper else 1
         multiprocessors = torch.cuda.get_device_properties(ordinal).multi_processor_count
         self._gpu = _GPU.pack(_GPU.size, multiprocessors, largest)
-        self._plans: dict[bytes, tuple[int, int, list[Launch]]] = {}
 
-    def plan(self, params: bytes, tensors: bytes, plan: Plan) -> tuple[int, int, list[Launch]]:
-        """Bytes of workspace, how many of them are to be cleared, and the launches."""
-        known = self._plans.get(params)
-        if known is not None:
-            return known
+    def plan(self, params: bytes, tensors: bytes, plan: Plan) -> Call:
         _, count, size, cleared, *numbers = _PLAN.unpack(plan(params, tensors, self._gpu))
         launches = [
             self._launch(numbers[4 * place : 4 * place + 4], place > 0 or cleared == 0)
             for place in range(count)
         ]
-        if len(self._plans) >= 1024:
-            self._plans.clear()
-        self._plans[params] = size, cleared, launches
-        return self._plans[params]
+        return size, cleared, launches
 
     def _launch(self, numbers: list[int], overlaps: bool) -> Launch:
         """From an `xshare_launch`, which may overlap the kernel before it."""
@@ -158,13 +156,28 @@ def _load_function(kernel: str, cubin: bytes) -> Any:
     return _call("cuModuleGetFunction", module, f"xshare_{kernel}".encode())
 
 
+# By parameters, which tensors there are, and device: what a call finds without looking at its setting.
+_calls: dict[tuple[bytes, tuple[bool, ...], int], Call] = {}
+
+
+def _prepare(params: bytes, tensors: bytes, has: tuple[bool, ...], ordinal: int, plan: Plan) -> Call:
+    _enter_context(ordinal)
+    call = _load(Setting.of_call(params, tensors), ordinal).plan(params, tensors, plan)
+    if len(_calls) >= 4096:
+        _calls.clear()
+    _calls[params, has, ordinal] = call
+    return call
+
+
 _contexts = threading.local()
+
+
+def _in_context() -> bool:
+    return getattr(_contexts, "is_there", False)
 
 
 def _enter_context(ordinal: int) -> None:
     """A thread that has not called the CUDA runtime yet has no context: torch's, which is the primary one."""
-    if getattr(_contexts, "is_there", False):
-        return
     if int(_call("cuCtxGetCurrent")) == 0:
         _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", ordinal)))
     _contexts.is_there = True

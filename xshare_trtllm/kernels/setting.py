@@ -11,7 +11,7 @@ TENSORS = struct.Struct("@I12P")  # xshare_route_tensors
 # xshare_kernel, in its order.
 KERNELS = (
     *("route_block", "route_team", "gather_rows", "place_requests"),
-    *("order_rows", "propose", "refine_rows", "tally_rows"),
+    *("order_rows", "sum_requests", "propose", "refine_rows", "tally_rows"),
 )
 ROW_THREADS = 256  # kRowThreads of plugins/cuda/args.h
 _EXPERTS_PER_LANE = (1, 2, 4, 8, 12, 16)  # kExpertsPerLane of plugins/cuda/plan.h
@@ -59,7 +59,7 @@ class Setting:
         """Those that a call of any number of rows may take."""
         left_out = set() if has_clusters else {"route_team"}
         if not self.limits[1]:
-            left_out |= {"place_requests", "order_rows", "propose"}
+            left_out |= {"place_requests", "order_rows", "sum_requests", "propose"}
         if not self.has[_POINTERS.index("stats")]:
             left_out.add("tally_rows")
         return tuple(kernel for kernel in KERNELS if kernel not in left_out)

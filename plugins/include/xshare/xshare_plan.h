@@ -16,10 +16,11 @@ typedef enum xshare_kernel {
     XSHARE_KERNEL_GATHER_ROWS = 2,
     XSHARE_KERNEL_PLACE_REQUESTS = 3,
     XSHARE_KERNEL_ORDER_ROWS = 4,
-    XSHARE_KERNEL_PROPOSE = 5,
-    XSHARE_KERNEL_REFINE_ROWS = 6,
-    XSHARE_KERNEL_TALLY_ROWS = 7,
-    XSHARE_NUM_KERNELS = 8
+    XSHARE_KERNEL_SUM_REQUESTS = 5,
+    XSHARE_KERNEL_PROPOSE = 6,
+    XSHARE_KERNEL_REFINE_ROWS = 7,
+    XSHARE_KERNEL_TALLY_ROWS = 8,
+    XSHARE_NUM_KERNELS = 9
 } xshare_kernel;
 
 // What the launches are fitted to.
@@ -43,7 +44,7 @@ typedef struct xshare_launch_plan {
     int32_t num_launches;
     uint64_t workspace_size;
     uint64_t cleared_size;
-    xshare_launch launches[6];
+    xshare_launch launches[7];
 } xshare_launch_plan;
 
 // Checks the call as xshare_route_cuda does (whether pointers are NULL, not what they point to) and plans it.
