@@ -1,11 +1,14 @@
-"""The machine code of the step kernel: registers, shared memory, spills, instructions and size.
+"""The machine code of the step kernels: registers, shared memory, spills, instructions and size.
 
     python benchmarks/route_sass.py [--plugins FOLDER]
+    python benchmarks/route_sass.py --all
 
-Needs no GPU, but nvcc (CUDACXX, PATH or /usr/local/cuda) and nvdisasm (PATH, /usr/local/cuda or the package
-triton). `library` is the kernel of libxshare_cuda.so, which takes every setting of up to 32 V experts;
-`constant` is the same source with one shape and a coverage as constants, as an ahead-of-time plugin has it.
-`--plugins` measures another version's sources.
+Needs no GPU, but NVRTC and cuda-python (pip install cuda-bindings nvidia-cuda-nvrtc), nvdisasm (PATH,
+/usr/local/cuda or the package triton), and for the library's kernels nvcc (CUDACXX, PATH, /usr/local/cuda).
+`library` is a kernel of libxshare_cuda.so, which takes every setting of up to 32 V experts; `_softmax` and
+`_sigmoid` are those for steps without requests, GPUs, statistics and a dial. `compiled` is built for the
+setting when it is first used, as Python does. --all compiles every kernel of every scoring for every
+architecture, and fails where one spills. `--plugins` measures another version's library.
 """
 
 from __future__ import annotations
@@ -17,17 +20,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from xshare_trtllm import RouterSpec, XShareConfig, ops
+from xshare_trtllm.config import SCORINGS
+from xshare_trtllm.kernels.compile import compile_kernel
+from xshare_trtllm.kernels.setting import TENSORS, Setting
+
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("80", "90a")
 LIBRARY = {"E=128": 4, "E=256": 8}  # experts per lane
-# scoring, groups, groups of a row
-CONSTANT = {
-    "E=128 k=4 topk_softmax": (128, 4, 2, 1, 1),
-    "E=256 k=8 softmax_renorm": (256, 8, 1, 1, 1),
-    "E=256 k=8 sigmoid_bias, 8 groups": (256, 8, 3, 8, 4),
+SPECS = {
+    "E=128 k=4 topk_softmax": RouterSpec(128, 4, "topk_softmax"),
+    "E=256 k=8 softmax_renorm": RouterSpec(256, 8, "softmax_renorm"),
+    "E=256 k=8 sigmoid_bias, 8 groups": RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
 }
+NAMES = (
+    *("correction_bias", "request_ids", "exempt", "expert_gpu", "expert_ids", "expert_weights"),
+    *("masked_logits", "active_experts", "stats", "step_bias", "dial"),
+)
+STEP = ("expert_ids", "expert_weights", "active_experts")
+EVERYTHING = XShareConfig(64, request_budget=16, gpu_budget=16, coverage=0.97, max_rows=64)
 
 
 def find_tool(name: str) -> str:
@@ -43,87 +58,126 @@ def find_tool(name: str) -> str:
     raise SystemExit(f"route_sass.py needs {name}: install the CUDA toolkit, or triton for nvdisasm")
 
 
-def macros(experts: int, top_k: int, scoring: int, groups: int, top_k_groups: int) -> dict[str, object]:
-    """Of plugins/cuda/aot.cu, for fp32 logits, ids and weights, a coverage of 0.97 and a warm-up of 1."""
-    values: dict[str, object] = {
-        "NAME": "route_step_kernel",
-        "NUM_EXPERTS": experts,
-        "EXPERTS_PER_LANE": experts // 32,
-        "TOP_K": top_k,
-        "SCORING": scoring,
-        "NUM_GROUPS": groups,
-        "TOP_K_GROUPS": top_k_groups,
-        "ROUTED_SCALING_FACTOR": "1.0f",
-        "LOGITS_DTYPE": 0,
-        "BUDGET": experts,
-        "WARMUP": 1,
-        "REQUEST_BUDGET": 0,
-        "GPU_BUDGET": 0,
-        "MAX_ROWS": -1,
-        "COVERAGE": 0.97,
-        "MIN_COVERAGE": 0.97,  # its earlier name
-        "UTILITY": 0,
-        "THREADS": 512,
-        "BLOCKS": 1,
-        "HAS_CORRECTION_BIAS": int(scoring == 3),
-    }
-    return values | {f"HAS_{name}": 0 for name in ("REQUEST_IDS", "EXEMPT", "EXPERT_GPU")}
+def setting_of(spec: RouterSpec, config: XShareConfig, has: tuple[str, ...], dtype: torch.dtype) -> Setting:
+    if "bias" in spec.scoring:
+        has = ("correction_bias", *has)
+    params = ops.pack_params(16, spec.num_experts, dtype, ops.settings(spec, config))
+    addresses = [64 * (name in has) for name in NAMES]
+    return Setting.of_call(params, TENSORS.pack(TENSORS.size, 64, *addresses))
 
 
-def compile_cubin(plugins: Path, source: str, defines: dict[str, object], sm: str, cubin: Path) -> str:
+def compile_library(plugins: Path, experts_per_lane: int, sm: str, cubin: Path) -> str:
     """Returns what ptxas reports."""
     command = [find_tool("nvcc"), "-std=c++17", "-O3", "--fmad=false", "-Xptxas=-v", "-cubin"]
-    command += [f"-arch=sm_{sm}", f"-I{plugins}", f"-I{plugins / 'include'}", str(plugins / "cuda" / source)]
-    command += [f"-D{name}={value}" for name, value in defines.items()]
+    command += [f"-arch=sm_{sm}", f"-I{plugins}", f"-I{plugins / 'include'}"]
+    command += [f"-DXSHARE_EXPERTS_PER_LANE={experts_per_lane}", str(plugins / "cuda" / "kernels.cu")]
     done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stdout + done.stderr)
     return done.stdout + done.stderr
 
 
-def parse_usage(report: str) -> tuple[int, int, int]:
-    """Registers, bytes of shared memory and of spills of the step kernel."""
+def parse_usage(report: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, bytes of shared memory and of spills, by the kernel's mangled name."""
+    usages = {}
     for part in report.split("Compiling entry function")[1:]:
-        if "route_step_kernel" not in part.splitlines()[0]:
-            continue
+        name = re.match(r"\s*'(\w+)'", part)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
-        assert spills and registers and shared, part
-        return int(registers[1]), int(shared[1]), int(spills[1]) + int(spills[2])
-    raise AssertionError(report)
+        assert name and spills and registers, part
+        spilled = int(spills[1]) + int(spills[2])
+        usages[name[1]] = (int(registers[1]), int(shared[1]) if shared else 0, spilled)
+    return usages
 
 
-def count_instructions(cubin: Path) -> int:
-    """Of the step kernel, without the padding behind its end."""
+def count_instructions(cubin: Path) -> dict[str, int]:
+    """By the kernel's mangled name, without the padding behind its end."""
     command = [find_tool("nvdisasm"), "-c", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sections = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)
-    code = next(section for section in sections[1:] if "route_step_kernel" in section.split(",", 1)[0])
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", code, flags=re.MULTILINE)
-    return sum(not each.startswith("NOP") for each in instructions)
+    counts = {}
+    for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", section, flags=re.MULTILINE)
+        counts[section.split(",", 1)[0]] = sum(not each.startswith("NOP") for each in instructions)
+    return counts
+
+
+def print_row(name: str, sm: str, usage: tuple[int, int, int], count: int) -> None:
+    registers, shared, spilled = usage
+    print(f"{name:56}{sm:>5}{registers:11}{shared:8}{spilled:8}{count:14}{count / 64:7.1f}", flush=True)
+
+
+def measure_library(plugins: Path, cubin: Path) -> None:
+    for name, lanes in LIBRARY.items():
+        for sm in ("80", "90"):
+            usages = parse_usage(compile_library(plugins, lanes, sm, cubin))
+            for kernel, count in count_instructions(cubin).items():
+                step = re.search(r"\d(route_[a-z_]+)_kernel", kernel)
+                if step and not ("team" in step[1] and sm == "80"):
+                    print_row(f"library, {name}, {step[1]}", sm, usages[kernel], count)
+
+
+def measure_compiled(cubin: Path) -> None:
+    for name, spec in SPECS.items():
+        for sm in ("80", "90"):
+            for kernel in ("route_block", "route_team")[: 1 + (sm != "80")]:
+                for outputs, has in {"": STEP, ", with statistics": (*STEP, "stats")}.items():
+                    setting = setting_of(spec, XShareConfig(coverage=0.97), has, torch.float32)
+                    code, report = compile_kernel(kernel, setting, f"sm_{sm}")
+                    cubin.write_bytes(code)
+                    (count,) = count_instructions(cubin).values()
+                    (usage,) = parse_usage(report).values()
+                    print_row(f"compiled, {name}, {kernel}{outputs}", sm, usage, count)
+
+
+def every_setting() -> Iterator[tuple[str, Setting]]:
+    for scoring in SCORINGS:
+        for experts, top_k in ((32, 2), (64, 6), (128, 4), (256, 8), (384, 8), (512, 16)):
+            spec = RouterSpec(experts, top_k, scoring)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                few = (XShareConfig(coverage=0.97), STEP)
+                many = (
+                    EVERYTHING if experts > 64 else XShareConfig(experts, request_budget=8, coverage=0.97),
+                    tuple(each for each in NAMES if each not in ("correction_bias", "step_bias")),
+                )
+                for config, has in (few, many):
+                    name = f"{scoring} E={experts} k={top_k} {str(dtype).removeprefix('torch.')}"
+                    yield f"{name} {'step' if has is STEP else 'all'}", setting_of(spec, config, has, dtype)
+
+
+def compile_all() -> int:
+    """Every kernel of every setting for every architecture; prints the worst of each architecture."""
+    line = (ROOT / "plugins" / "cuda" / "architectures.cmake").read_text()
+    known = re.search(r"XSHARE_ALL_ARCHITECTURES (.*)\)", line)
+    assert known
+    failures = 0
+    for sm in known[1].split():
+        worst: dict[str, tuple[int, str]] = {}
+        compiled = 0
+        for name, setting in every_setting():
+            for kernel in setting.kernels(has_clusters=int(sm) >= 90):
+                _, report = compile_kernel(kernel, setting, f"sm_{sm}")
+                ((registers, _, spilled),) = parse_usage(report).values()
+                worst[kernel] = max(worst.get(kernel, (0, "")), (registers, name))
+                failures += spilled > 0
+                compiled += 1
+        most = ", ".join(f"{kernel} {registers}" for kernel, (registers, _) in worst.items())
+        print(f"sm_{sm}: {compiled} kernels, {failures} spill; most registers: {most}", flush=True)
+    return failures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plugins", type=Path, default=ROOT / "plugins", help="the sources")
-    plugins = parser.parse_args().plugins
-    builds: dict[str, tuple[str, dict[str, object]]] = {}
-    for name, lanes in LIBRARY.items():
-        builds[f"library, {name}"] = ("kernels.cu", {"XSHARE_EXPERTS_PER_LANE": lanes})
-    for name, shape in CONSTANT.items():
-        defines = {f"XSHARE_AOT_{macro}": value for macro, value in macros(*shape).items()}
-        builds[f"constant, {name}"] = ("aot.cu", defines)
-    print(f"{'':48}{'sm':>5}{'registers':>11}{'shared':>8}{'spills':>8}{'instructions':>14}{'KiB':>7}")
+    parser.add_argument("--plugins", type=Path, default=ROOT / "plugins", help="the library's sources")
+    parser.add_argument("--all", action="store_true", help="compile everything instead (hours on one core)")
+    options = parser.parse_args()
+    if options.all:
+        sys.exit(compile_all())
+    print(f"{'':56}{'sm':>5}{'registers':>11}{'shared':>8}{'spills':>8}{'instructions':>14}{'KiB':>7}")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "step.cubin"
-        for name, (source, defines) in builds.items():
-            for sm in ARCHITECTURES:
-                registers, shared, spilled = parse_usage(compile_cubin(plugins, source, defines, sm, cubin))
-                count = count_instructions(cubin)
-                row = f"{name:48}{sm:>5}{registers:11}{shared:8}{spilled:8}{count:14}{count / 64:7.1f}"
-                print(row, flush=True)
+        measure_library(options.plugins, Path(folder) / "step.cubin")
+        measure_compiled(Path(folder) / "step.cubin")
 
 
 if __name__ == "__main__":

@@ -111,15 +111,15 @@ def fake_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     return launches
 
 
-ASKED = f"asked={2 * 9}"  # every kernel, once: any later call may be captured
+ASKED = f"asked={3 * 9}"  # every kernel, once: any later call may be captured
 
 
 def test_contract_hopper_has_clusters_and_overlaps(fake_runtime: Callable[..., list[str]]) -> None:
     assert fake_runtime(9, 90, 16, 1, 16, 17, 256, 300) == [
-        f"block_plain blocks=1 threads=128 cluster=1 programmatic=1 {ASKED}",
-        f"block_plain blocks=1 threads=512 cluster=1 programmatic=1 {ASKED}",
-        f"team_plain blocks=4 threads=160 cluster=4 programmatic=1 {ASKED}",
-        f"team_plain blocks=16 threads=512 cluster=16 programmatic=1 {ASKED}",
+        f"block_softmax blocks=1 threads=128 cluster=1 programmatic=1 {ASKED}",
+        f"block_softmax blocks=1 threads=512 cluster=1 programmatic=1 {ASKED}",
+        f"team_softmax blocks=4 threads=160 cluster=4 programmatic=1 {ASKED}",
+        f"team_softmax blocks=16 threads=512 cluster=16 programmatic=1 {ASKED}",
         "memset 1",
         f"gather_rows blocks=38 threads=256 cluster=1 programmatic=0 {ASKED}",
         f"refine_rows blocks=38 threads=256 cluster=1 programmatic=1 {ASKED}",
@@ -133,7 +133,7 @@ def test_contract_code_for_ampere_has_neither(
     """Also where a newer device runs it, made from PTX: such code waits for nothing."""
     lines = fake_runtime(major, ptx, 16, 16, 32, 33)
     assert [line.split(" ")[0] for line in lines] == [
-        *("block_plain", "block_plain", "memset", "gather_rows", "refine_rows")
+        *("block_softmax", "block_softmax", "memset", "gather_rows", "refine_rows")
     ]
     assert not any("cluster=2" in line or "programmatic=1" in line for line in lines)
 
@@ -143,7 +143,7 @@ def test_contract_the_largest_cluster_that_there_is_room_for(
     fake_runtime: Callable[..., list[str]], most: int
 ) -> None:
     first = fake_runtime(10, 100, most, 200)[0]
-    assert first.startswith(f"team_plain blocks={most} " if most > 1 else "memset")
+    assert first.startswith(f"team_softmax blocks={most} " if most > 1 else "memset")
 
 
 def test_contract_switches_of_the_environment(fake_runtime: Callable[..., list[str]]) -> None:
@@ -159,7 +159,9 @@ BUILDS = [(4, "80"), (8, "90")]
 if os.environ.get("XSHARE_ALL_KERNELS") == "1":
     BUILDS = [(experts, sm) for experts in (1, 2, 4, 8, 12, 16) for sm in ("80", "90", "100", "120")]
 MAX_STATIC_SHARED = 48 * 1024
-STEP_KERNELS = {"route_block", "route_block_plain", "route_team", "route_team_plain"}
+STEP_KERNELS = {
+    f"route_{size}{variant}" for size in ("block", "team") for variant in ("", "_softmax", "_sigmoid")
+}
 KERNELS = STEP_KERNELS | {
     "gather_rows",
     "place_requests",

@@ -31,6 +31,9 @@ constexpr int block_rows(int experts_per_lane) { return experts_per_lane <= 4 ? 
 // this keep one multiprocessor busy for longer than a memset and a second kernel take.
 constexpr int kBlockRows = 32;
 
+// Of a step kernel: for any call, or for what most decode steps are.
+enum Variant { kGeneral, kPlainSoftmax, kPlainSigmoid, kNumVariants };
+
 struct RouteArgs {
     xshare_route_params p;
     xshare_route_tensors t;
@@ -50,14 +53,20 @@ struct RouteArgs {
     XSHARE_METHOD bool stands_aside(uint32_t num_real_rows) const {
         return is_off() || (p.max_rows >= 0 && num_real_rows > static_cast<uint32_t>(p.max_rows));
     }
-    // What most decode steps are: the kernels that are built ahead know these without the rest.
-    XSHARE_METHOD bool is_plain() const {
-        return p.utility == XSHARE_SQUARED_WEIGHT && p.request_budget == 0 && p.gpu_budget == 0 &&
-               p.max_rows < 0 && t.expert_gpu == nullptr && t.masked_logits == nullptr &&
-               t.stats == nullptr && t.step_bias == nullptr && t.dial == nullptr;
+    // For which of the step kernels that are built ahead this is.
+    XSHARE_METHOD Variant variant() const {
+        const bool is_plain = p.utility == XSHARE_SQUARED_WEIGHT && p.request_budget == 0 &&
+                              p.gpu_budget == 0 && p.max_rows < 0 && t.expert_gpu == nullptr &&
+                              t.masked_logits == nullptr && t.stats == nullptr && t.step_bias == nullptr &&
+                              t.dial == nullptr;
+        if (!is_plain) return kGeneral;
+        if (p.scoring == XSHARE_SIGMOID_BIAS) return kPlainSigmoid;
+        return p.scoring < XSHARE_SIGMOID_BIAS && p.num_groups == 1 ? kPlainSoftmax : kGeneral;
     }
-    XSHARE_METHOD RouteArgs as_plain() const {
+    // The same, where the variant is known when it is compiled.
+    XSHARE_METHOD RouteArgs known_to_be(Variant variant) const {
         RouteArgs args = *this;
+        if (variant == kGeneral) return args;
         args.p.utility = XSHARE_SQUARED_WEIGHT;
         args.p.request_budget = args.p.gpu_budget = 0;
         args.p.max_rows = -1;
@@ -66,6 +75,15 @@ struct RouteArgs {
         args.t.stats = nullptr;
         args.t.step_bias = nullptr;
         args.t.dial = nullptr;
+        if (variant == kPlainSigmoid) {
+            args.p.scoring = XSHARE_SIGMOID_BIAS;
+        } else {
+            args.p.scoring = p.scoring == XSHARE_TOPK_SOFTMAX     ? XSHARE_TOPK_SOFTMAX
+                             : p.scoring == XSHARE_SOFTMAX_RENORM ? XSHARE_SOFTMAX_RENORM
+                                                                  : XSHARE_SOFTMAX;
+            args.p.num_groups = args.p.top_k_groups = 1;
+            args.t.correction_bias = nullptr;
+        }
         return args;
     }
     // Whether every row's own top-k must be known, and not its warm-up alone.

@@ -12,34 +12,36 @@
 namespace xshare {
 
 template <>
-const void* kernel_of<1>(xshare_kernel, bool);
+const void* kernel_of<1>(xshare_kernel, Variant);
 template <>
-const void* kernel_of<2>(xshare_kernel, bool);
+const void* kernel_of<2>(xshare_kernel, Variant);
 template <>
-const void* kernel_of<4>(xshare_kernel, bool);
+const void* kernel_of<4>(xshare_kernel, Variant);
 template <>
-const void* kernel_of<8>(xshare_kernel, bool);
+const void* kernel_of<8>(xshare_kernel, Variant);
 template <>
-const void* kernel_of<12>(xshare_kernel, bool);
+const void* kernel_of<12>(xshare_kernel, Variant);
 template <>
-const void* kernel_of<16>(xshare_kernel, bool);
+const void* kernel_of<16>(xshare_kernel, Variant);
 
 namespace {
 
-const void* find_kernel(xshare_kernel kernel, bool plain, int experts_per_lane) {
+constexpr Variant kVariants[] = {kGeneral, kPlainSoftmax, kPlainSigmoid};
+
+const void* find_kernel(xshare_kernel kernel, Variant variant, int experts_per_lane) {
     switch (experts_per_lane) {
         case 1:
-            return kernel_of<1>(kernel, plain);
+            return kernel_of<1>(kernel, variant);
         case 2:
-            return kernel_of<2>(kernel, plain);
+            return kernel_of<2>(kernel, variant);
         case 4:
-            return kernel_of<4>(kernel, plain);
+            return kernel_of<4>(kernel, variant);
         case 8:
-            return kernel_of<8>(kernel, plain);
+            return kernel_of<8>(kernel, variant);
         case 12:
-            return kernel_of<12>(kernel, plain);
+            return kernel_of<12>(kernel, variant);
         default:
-            return kernel_of<16>(kernel, plain);
+            return kernel_of<16>(kernel, variant);
     }
 }
 
@@ -66,12 +68,12 @@ cudaLaunchAttribute cluster_of(int team_size) {
 // some devices have few. One of more than kPortableTeamSize blocks must be allowed for the kernel.
 int find_largest_team(int experts_per_lane) {
     int most = std::min(number_from_environment("XSHARE_CLUSTER_SIZE", kMaxTeamSize), kMaxTeamSize);
-    for (const bool plain : {false, true}) {
-        const void* kernel = find_kernel(XSHARE_KERNEL_TEAM, plain, experts_per_lane);
+    for (const Variant variant : kVariants) {
+        const void* kernel = find_kernel(XSHARE_KERNEL_TEAM, variant, experts_per_lane);
         if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
             most = std::min(most, kPortableTeamSize);
     }
-    const void* kernel = find_kernel(XSHARE_KERNEL_TEAM, false, experts_per_lane);
+    const void* kernel = find_kernel(XSHARE_KERNEL_TEAM, kGeneral, experts_per_lane);
     for (int size = kMaxTeamSize; size > 1; size /= 2) {
         if (size > most) continue;
         cudaLaunchAttribute cluster = cluster_of(size);
@@ -97,11 +99,11 @@ cudaError_t fit(int ordinal, int experts_per_lane, Fit& found) {
             cudaDeviceGetAttribute(&found.gpu.num_multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     bool is_hopper = true;
     for (int kernel = 0; kernel < XSHARE_NUM_KERNELS && error == cudaSuccess; ++kernel) {
-        for (const bool plain : {false, true}) {
+        for (const Variant variant : kVariants) {
             cudaFuncAttributes image = {};
             if (error == cudaSuccess)
                 error = cudaFuncGetAttributes(
-                    &image, find_kernel(static_cast<xshare_kernel>(kernel), plain, experts_per_lane));
+                    &image, find_kernel(static_cast<xshare_kernel>(kernel), variant, experts_per_lane));
             is_hopper = is_hopper && is_hopper_code(major, image.ptxVersion);
         }
     }
@@ -148,7 +150,7 @@ cudaError_t launch(const xshare_launch& launch, RouteArgs args, bool programmati
         attribute.val.programmaticStreamSerializationAllowed = 1;
     }
     if (launch.cluster_size > 1) attributes[config.numAttrs++] = cluster_of(launch.cluster_size);
-    const void* kernel = find_kernel(static_cast<xshare_kernel>(launch.kernel), args.is_plain(),
+    const void* kernel = find_kernel(static_cast<xshare_kernel>(launch.kernel), args.variant(),
                                      experts_per_lane(args.p.num_experts));
     void* arguments[] = {&args};
     return cudaLaunchKernelExC(&config, kernel, arguments);

@@ -41,10 +41,10 @@ struct Job {
     RouteArgs args;
 };
 
-// The step kernels are built for plain calls too.
+// The step kernels have variants.
 template <int kKernel, int V>
 void run_step(const RouteArgs& args) {
-    run_kernel<kKernel, V>(args.is_plain() ? args.as_plain() : args);
+    run_kernel<kKernel, V>(args.known_to_be(args.variant()));
 }
 
 template <int V>

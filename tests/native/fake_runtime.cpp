@@ -14,19 +14,21 @@
 namespace {
 
 int device_major, ptx_version, max_cluster, num_attributes_asked;
-char kernels[2][XSHARE_NUM_KERNELS];
+char kernels[xshare::kNumVariants][XSHARE_NUM_KERNELS];
 
 const char* const kNames[] = {"block",        "team",    "gather_rows", "place_requests", "order_rows",
                               "sum_requests", "propose", "refine_rows", "tally_rows"};
+
+const char* const kVariants[] = {"", "_softmax", "_sigmoid"};
 
 }  // namespace
 
 namespace xshare {
 
-#define FAKE_KERNELS(V)                                                 \
-    template <>                                                         \
-    const void* kernel_of<V>(xshare_kernel kernel, bool plain) {        \
-        return &kernels[plain && kernel <= XSHARE_KERNEL_TEAM][kernel]; \
+#define FAKE_KERNELS(V)                                                             \
+    template <>                                                                     \
+    const void* kernel_of<V>(xshare_kernel kernel, Variant variant) {               \
+        return &kernels[kernel <= XSHARE_KERNEL_TEAM ? variant : kGeneral][kernel]; \
     }
 FAKE_KERNELS(1)
 FAKE_KERNELS(2)
@@ -80,7 +82,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     }
     const int place = static_cast<int>(static_cast<const char*>(kernel) - kernels[0]);
     printf("%s%s blocks=%u threads=%u cluster=%d programmatic=%d asked=%d\n",
-           kNames[place % XSHARE_NUM_KERNELS], place >= XSHARE_NUM_KERNELS ? "_plain" : "", config->gridDim.x,
+           kNames[place % XSHARE_NUM_KERNELS], kVariants[place / XSHARE_NUM_KERNELS], config->gridDim.x,
            config->blockDim.x, cluster, programmatic, num_attributes_asked);
     return arguments[0] != nullptr ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -99,6 +101,7 @@ int main(int argc, char** argv) {
         args.p.num_tokens = atoi(argv[i]);
         args.p.num_experts = 128;
         args.p.top_k = 4;
+        args.p.num_groups = args.p.top_k_groups = 1;
         args.p.budget = 24;
         args.p.max_rows = -1;
         args.workspace = workspace;
