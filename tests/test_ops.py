@@ -372,7 +372,7 @@ def test_bits_do_not_depend_on_the_callers_float_mode(what: str) -> None:
     assert not all(map(torch.equal, flushed, default))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(calls())
 def test_bits_do_not_depend_on_the_callers_float_mode_anywhere(call: Call) -> None:
     assert_same_in_every_mode(call)

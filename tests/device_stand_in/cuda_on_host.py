@@ -30,7 +30,10 @@ class OnHost(TorchFunctionMode):
     """Every tensor is made on the host."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {name: "cpu" if value == "cuda" and name == "device" else value for name, value in (kwargs or {}).items()}
+        kwargs = {
+            name: "cpu" if value == "cuda" and name == "device" else value
+            for name, value in (kwargs or {}).items()
+        }
         if function is torch.Tensor.cuda:
             return args[0].clone()
         if function is torch.Tensor.to and "cuda" in args:
