@@ -1,15 +1,16 @@
 """Routing on a GPU: against plain top-k, public routing kernels, and the algorithm in PyTorch.
 
-    python benchmarks/route_gpu.py [--json PATH] [--quick]
+    python benchmarks/route_gpu.py [--json PATH] [--rows deciding|rest|all] [--compiled]
 
 Written ahead of a run on a GPU. Every time is a median over replays of a captured graph that holds 20 calls
-over 4 input sets, so launch gaps of the host are out of it and the logits are in L2, as after a router's
-GEMM. All ratios are within one run on one card. `floor` is the same graph with an empty kernel. The columns
-of flashinfer are there if it is installed.
+over 4 input sets; each replay starts behind a busy GPU. So the host's launches are out of it, and the logits
+are in L2, as after a router's GEMM. All ratios are within one run on one card. `floor` is the same graph with
+a kernel that does nothing. Whatever a baseline raises costs its own column alone. Rows that PATH has from
+this machine and commit are not measured again, but for columns that are new.
 
-Calls one after another have their instructions in the cache, and ours overlap their launches. `in_model`
-is what a call adds to a graph in which it follows a product with 64 MB of weights and the router's own, as
-in a model.
+Calls one after another have their instructions in the cache, and ours overlap their launches, as those of
+`triton_pdl` do. `in_model` is what a call adds to a graph in which it follows a product with 64 MB of weights
+and the router's own, as in a model.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "gpu"))
 
 from device_routing import Call, Inputs, Outputs, Settings  # noqa: E402
-from gpu_report import time_graph, write_report  # noqa: E402
-from route_baselines import FlashinferTopK, TritonTopK, route_torch  # noqa: E402
+from gpu_report import read_results, time_graph, write_report  # noqa: E402
+from route_baselines import FlashinferTopK, route_torch  # noqa: E402
+from route_targets import DECIDING, describe, judge  # noqa: E402
+
+try:
+    import route_triton
+except ImportError:
+    route_triton = None
 
 CALLS_PER_GRAPH, INPUT_SETS, REPLAYS = 20, 4, 101
 ROWS = (1, 4, 16, 32, 64, 128, 256)
@@ -42,53 +47,14 @@ SHAPES = {
     "E=384 k=8": (384, Settings(8, "sigmoid_bias", 1, 1, 2.827, coverage=0.97)),
 }
 MANY_ROWS = (512, 4096, 16384)
+CASES = {f"T={rows} {name}": (rows, *shape) for name, shape in SHAPES.items() for rows in (*ROWS, *MANY_ROWS)}
+COMPILED_ROWS = (16, 64)
 HIDDEN, LARGE = 4096, 8192  # of the products ahead of the call in a model
-TIMES = ("xshare_us", "plain_us", "triton_topk_us", "flashinfer_us", "eager_us", "compiled_us", "floor_us")
-IN_MODEL = ("in_model_us", "plain_in_model_us", "triton_topk_in_model_us")
-COLUMNS = (*TIMES, "over_plain", "over_public", *IN_MODEL)
+PUBLIC = ("triton_us", "triton_pdl_us", "flashinfer_us")
+TIMES = ("xshare_us", "plain_us", *PUBLIC, "eager_us", "compiled_us", "floor_us")
+COLUMNS = (*TIMES, "over_plain", "over_public", "in_model_us", "in_model_over_plain", "in_model_over_public")
+Row = dict[str, Any]
 Work = Callable[[int], Any]  # enqueues the call over one input set
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a decode step is to reach: `column` at most `most`, at all shapes or at one."""
-
-    what: str
-    column: str
-    most: float
-    shape: str | None = None
-
-    def judge(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        rows = {
-            name: row[self.column]
-            for name, row in results.items()
-            if self.column in row and (name == self.shape if self.shape else row["rows"] <= ROWS[-1])
-        }
-        if not rows:
-            return {"target": self.what, "measured": 0}
-        worst = max(rows, key=rows.__getitem__)
-        missed = [name for name, value in rows.items() if value > self.most]
-        return {
-            "target": self.what,
-            "measured": len(rows),
-            "worst": rows[worst],
-            "worst_at": worst,
-            "missed": missed,
-        }
-
-
-TARGETS = (
-    Target("at most 1.5x plain top-k", "over_plain", 1.5),
-    Target("at most 1.5x the best public kernel", "over_public", 1.5),
-    Target("at most 1/10 of PyTorch, eager", "over_eager", 1 / 10),
-    Target("at most 1/3 of PyTorch, compiled", "over_compiled", 1 / 3),
-    Target("at most 8 us at T=16, E=128, k=4", "xshare_us", 8.0, "T=16 E=128 k=4"),
-)
-
-
-@triton.jit
-def empty_kernel(anything):
-    pass
 
 
 def time_in_graph(work: Work) -> float:
@@ -116,10 +82,24 @@ class Model:
         return lambda index: (self(index), work(index))
 
 
+def make_inputs(num_tokens: int, num_experts: int, settings: Settings) -> list[Inputs]:
+    inputs = []
+    for _ in range(INPUT_SETS):
+        logits = torch.randn(num_tokens, num_experts, device="cuda").bfloat16()
+        has_bias = settings.scoring == "sigmoid_bias"
+        inputs.append(Inputs(logits, 0.1 * torch.randn(num_experts, device="cuda") if has_bias else None))
+    return inputs
+
+
 def native(settings: Settings, inputs: list[Inputs]) -> Work:
     outputs = [Outputs(i.router_logits, settings.top_k, ("expert_ids", "expert_weights")) for i in inputs]
     calls = [Call(settings, i, o) for i, o in zip(inputs, outputs, strict=True)]
-    return lambda index: calls[index].enqueue()
+
+    def enqueue(index: int) -> tuple[torch.Tensor, ...]:
+        calls[index].enqueue()
+        return outputs[index].tensors[0], outputs[index].tensors[1]
+
+    return enqueue
 
 
 def over(inputs: list[Inputs], route: Callable[..., Any], *more: Any) -> Work:
@@ -137,66 +117,128 @@ def check_choice(settings: Settings, inputs: Inputs, work: Work) -> None:
         raise RuntimeError(f"agrees on {agreeing:.1%} of the ids only: {settings}")
 
 
-def make_inputs(num_tokens: int, num_experts: int, settings: Settings) -> Inputs:
-    logits = torch.randn(num_tokens, num_experts, device="cuda").bfloat16()
-    bias = 0.1 * torch.randn(num_experts, device="cuda") if settings.scoring == "sigmoid_bias" else None
-    return Inputs(logits, bias)
+def without_sharing(settings: Settings) -> Settings:
+    return Settings(**settings.__dict__ | {"coverage": 0.0})
 
 
-def measure(num_tokens: int, num_experts: int, settings: Settings, compiled: bool) -> dict[str, Any]:
-    """A baseline that fails is left out, with what it said."""
-    inputs = [make_inputs(num_tokens, num_experts, settings) for _ in range(INPUT_SETS)]
-    plain = Settings(**settings.__dict__ | {"coverage": 0.0})
+def contestants(settings: Settings, inputs: list[Inputs]) -> dict[str, Callable[[], Work]]:
+    """What makes the work of each column; a baseline that is not installed has none."""
+    plain = without_sharing(settings)
     logits, bias = inputs[0].router_logits, inputs[0].correction_bias
-    ours = {"xshare_us": native(settings, inputs), "plain_us": native(plain, inputs)}
-    public = {"triton_topk_us": over(inputs, TritonTopK(logits, plain))}
+    made: dict[str, Callable[[], Work]] = {
+        "xshare_us": lambda: native(settings, inputs),
+        "plain_us": lambda: native(plain, inputs),
+        "eager_us": lambda: over(inputs, route_torch, settings),
+        "floor_us": lambda: lambda index: torch.cuda._sleep(0),
+    }
+    if route_triton is not None:
+        made["triton_us"] = lambda: over(inputs, route_triton.TritonTopK(logits, plain))
+        if route_triton.has_programmatic_launch() and torch.cuda.get_device_capability() >= (9, 0):
+            made["triton_pdl_us"] = lambda: over(inputs, route_triton.TritonTopK(logits, plain, True))
     if FlashinferTopK.takes(plain):
-        public["flashinfer_us"] = over(inputs, FlashinferTopK(logits, bias, plain))
-    in_torch = {"eager_us": over(inputs, route_torch, settings)}
-    if compiled:
-        torch._dynamo.reset()  # each shape is compiled for itself
-        in_torch["compiled_us"] = over(inputs, torch.compile(route_torch, dynamic=False), settings)
+        made["flashinfer_us"] = lambda: over(inputs, FlashinferTopK(logits, bias, plain))
+    return made
 
-    row: dict[str, Any] = {"rows": num_tokens, "bytes": logits.nbytes + num_tokens * settings.top_k * 8}
-    for name, work in ours.items():
-        row[name] = time_in_graph(work)
-    row["xshare_again_us"] = time_in_graph(ours["xshare_us"])  # the spread between two measurements
-    row["floor_us"] = time_in_graph(lambda index: empty_kernel[(1,)](inputs[index].router_logits))
-    for name, work in (public | in_torch).items():
-        try:
-            check_choice(plain if name in public else settings, inputs[0], work)
-            row[name] = time_in_graph(work)
-        except Exception as error:  # whatever a library raises: the other columns are worth having
-            row[name.replace("_us", "_error")] = str(error)[:300]
-    if measured := [row[name] for name in public if name in row]:
-        row["public_us"] = min(measured)
-    for name in ("plain_us", "public_us", *in_torch):
-        if name in row:
-            row[f"over_{name[:-3]}"] = row["xshare_us"] / row[name]
+
+def attempt(row: Row, column: str, measure: Callable[[], float]) -> bool:
+    """Whatever a library raises stands in the row in place of its time, and costs no other column."""
+    try:
+        row[column] = measure()
+    except Exception as error:
+        row[column.removesuffix("_us") + "_error"] = f"{type(error).__name__}: {error}"[:300]
+    return column in row
+
+
+def measure_alone(row: Row, settings: Settings, inputs: list[Inputs]) -> dict[str, Work]:
+    """Every contestant's time; the works of those that have one."""
+    works: dict[str, Work] = {}
+    for column, make in contestants(settings, inputs).items():
+
+        def measure(column: str = column, make: Callable[[], Work] = make) -> float:
+            works[column] = make()
+            if column in PUBLIC or column == "eager_us":
+                chosen_by = without_sharing(settings) if column in PUBLIC else settings
+                check_choice(chosen_by, inputs[0], works[column])
+            return time_in_graph(works[column])
+
+        attempt(row, column, measure)
+    if "xshare_us" in row:
+        attempt(row, "xshare_again_us", lambda: time_in_graph(works["xshare_us"]))  # the spread
+    return {column: work for column, work in works.items() if column in row}
+
+
+def measure_in_model(row: Row, inputs: list[Inputs], works: dict[str, Work]) -> None:
+    model = Model(inputs)
+    if not attempt(row, "model_us", lambda: time_in_graph(model)):
+        return
+    for column, work in works.items():
+        if column in ("xshare_us", "plain_us", *PUBLIC):
+            name = column.removeprefix("xshare_").replace("us", "in_model_us")
+            attempt(row, name, lambda work=work: time_in_graph(model.then(work)) - row["model_us"])
+    attempt(row, "model_again_us", lambda: time_in_graph(model))
+
+
+def add_ratios(row: Row) -> None:
+    for ours, prefix, suffix in (("xshare_us", "", "_us"), ("in_model_us", "in_model_", "_in_model_us")):
+        others = {name: row.get(name + suffix) for name in ("plain", "eager", "compiled")}
+        public = [
+            row[c.removesuffix("_us") + suffix] for c in PUBLIC if c.removesuffix("_us") + suffix in row
+        ]
+        others["public"] = min(public, default=None)
+        for name, time in others.items():
+            if ours in row and time is not None and time > 0:
+                row[f"{prefix}over_{name}"] = row[ours] / time
+
+
+def measure(case: str) -> Row:
+    num_tokens, num_experts, settings = CASES[case]
+    inputs = make_inputs(num_tokens, num_experts, settings)
+    row: Row = {"rows": num_tokens, "bytes": inputs[0].router_logits.nbytes + num_tokens * settings.top_k * 8}
+    works = measure_alone(row, settings, inputs)
     if num_tokens <= ROWS[-1]:
-        model = Model(inputs)
-        alone = time_in_graph(model)
-        for name, work in (ours | public).items():
-            if name in row:
-                column = name.removeprefix("xshare_").replace("us", "in_model_us")
-                row[column] = time_in_graph(model.then(work)) - alone
+        measure_in_model(row, inputs, works)
+    add_ratios(row)
     return row
 
 
-def judge(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    verdicts = [target.judge(results) for target in TARGETS]
-    for verdict in verdicts:
-        if not verdict["measured"]:
-            print(f"{verdict['target']}: not measured")
-            continue
-        missed = verdict["missed"]
-        outcome = f"MISSED at {len(missed)} of {verdict['measured']}" if missed else "met"
-        print(f"{verdict['target']}: {outcome}, worst {verdict['worst']:.3g} at {verdict['worst_at']}")
-    return verdicts
+def measure_compiled(row: Row, case: str) -> None:
+    num_tokens, num_experts, settings = CASES[case]
+    inputs = make_inputs(num_tokens, num_experts, settings)
+    torch._dynamo.reset()  # each shape is compiled for itself
+    work = over(inputs, torch.compile(route_torch, dynamic=False), settings)
+    attempt(row, "compiled_us", lambda: time_in_graph(work))
+    add_ratios(row)
 
 
 def width(column: str) -> int:
     return max(8, len(column) + 2)
+
+
+def show(case: str, row: Row) -> None:
+    print(
+        f"{case:28}"
+        + "".join(f"{row[c]:{width(c)}.2f}" if c in row else f"{'-':>{width(c)}}" for c in COLUMNS)
+    )
+    for key, value in row.items():
+        if key.endswith("_error"):
+            print(f"    {key}: {value}")
+    sys.stdout.flush()
+
+
+def run(
+    cases: list[str], compiled: bool, keep: Callable[[dict[str, Row]], None], results: dict[str, Row]
+) -> None:
+    """The rows of `cases` that are not there yet, each kept as soon as it is measured."""
+    for case in cases:
+        wants_compiled = compiled and CASES[case][0] in COMPILED_ROWS
+        if case in results and not (wants_compiled and "compiled_us" not in results[case]):
+            continue
+        if case not in results:
+            results[case] = measure(case)
+        if wants_compiled:
+            measure_compiled(results[case], case)
+        keep(results)
+        show(case, results[case])
 
 
 def main() -> None:
@@ -204,25 +246,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="where to write the numbers, after each row")
-    parser.add_argument("--quick", action="store_true", help="compiled PyTorch at 16 and 64 rows only")
+    parser.add_argument("--rows", choices=("deciding", "rest", "all"), default="all", help="which to measure")
+    parser.add_argument("--compiled", action="store_true", help="compiled PyTorch too, at 16 and 64 rows")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("route_gpu.py needs a GPU")
-    command = "python benchmarks/route_gpu.py --json" + (" --quick" if arguments.quick else "")
-    results: dict[str, dict[str, Any]] = {}
-    print(f"{torch.cuda.get_device_name()}\n{'':30}" + "".join(f"{c:>{width(c)}}" for c in COLUMNS))
-    for name, (num_experts, settings) in SHAPES.items():
-        for num_tokens in (*ROWS, *MANY_ROWS):
-            compiled = num_tokens in (16, 64) or (num_tokens in ROWS and not arguments.quick)
-            row = measure(num_tokens, num_experts, settings, compiled)
-            results[f"T={num_tokens} {name}"] = row
-            cells = "".join(f"{row[c]:{width(c)}.2f}" if c in row else f"{'-':>{width(c)}}" for c in COLUMNS)
-            print(f"{f'T={num_tokens} {name}':30}{cells}", flush=True)
-            if arguments.json:
-                write_report(arguments.json, command, results)
-    verdicts = judge(results)
-    if arguments.json:
-        write_report(arguments.json, command, results, targets=verdicts)
+    rest = [case for case in CASES if case not in DECIDING]
+    cases = {"deciding": list(DECIDING), "rest": rest, "all": [*DECIDING, *rest]}[arguments.rows]
+    results = read_results(arguments.json) if arguments.json else {}
+
+    def keep(rows: dict[str, Row]) -> None:
+        if arguments.json:
+            command = "python benchmarks/route_gpu.py --json" + " --compiled" * arguments.compiled
+            write_report(arguments.json, command, rows, targets=judge(rows, list(rows)))
+
+    print(f"{torch.cuda.get_device_name()}\n{'':28}" + "".join(f"{c:>{width(c)}}" for c in COLUMNS))
+    run(cases, arguments.compiled, keep, results)
+    print("\n".join(map(describe, judge(results, list(results)))))
 
 
 if __name__ == "__main__":

@@ -1,87 +1,219 @@
 #!/usr/bin/env bash
-# The whole GPU check in one run of at most 8 minutes: build, correctness on fresh random input,
-# compute-sanitizer, benchmarks. Written ahead of a run on a GPU.
+# Is everything right on this GPU, and fast enough? The verdict comes first; what is left of the time goes to
+# everything else. Written ahead of a run on a GPU.
 #
-#     build_scripts/device_check.sh [RESULTS_FOLDER]       (default: benchmarks/results)
+#     build_scripts/device_check.sh [RESULTS_FOLDER]       (default: build/device_check)
 #
-# Needs nvcc, cmake and a Python with torch, triton and pytest; no network, nothing is installed. A step that
-# fails does not stop the later ones; the exit status is the number of failed steps.
+# Ends within XSHARE_CHECK_SECONDS (default 350) by its own clock; what was measured until then is in the folder,
+# whole. Needs nvcc, cmake and a Python (PYTHON, default python3) with torch and pytest; no network. What else is
+# missing is installed for this check alone, from build/wheels where device_wheels.sh has filled it; otherwise
+# the steps that are skipped for it are named. The exit status is the number of steps that failed, that of the
+# missed targets among them. A step that the clock cut off after the verdict has not failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-results=${1:-benchmarks/results}
+results=${1:-build/device_check}
 python=${PYTHON:-python3}
-deadline=$((SECONDS + ${XSHARE_CHECK_SECONDS:-480}))
-failed=0
+grace=3 # between asking a step to end and killing it
+deadline=$((SECONDS + ${XSHARE_CHECK_SECONDS:-350} - grace - 2))
+site=build/device_site
+failed=() cut=() skipped=()
+is_decided=0
 mkdir -p "$results" build/cuda
+rm -f "$results"/{route_gpu.json,moe_layer_gpu.json,targets.txt} build/cuda/libxshare_cuda.so # of an earlier run
+rows_json=$results/route_gpu.json
+export python results rows_json
 export XSHARE_CUDA_LIBRARY=$PWD/build/cuda/libxshare_cuda.so
+export PYTHONPATH=$PWD:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}
 export PATH=$PATH:/usr/local/cuda/bin
 if command -v ninja >/dev/null; then export CMAKE_GENERATOR=Ninja; fi
 
-# step NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left.
+# bounded SECONDS COMMAND...: at most SECONDS, and no longer than what is left.
+bounded() {
+    local limit=$1 left=$((deadline - SECONDS))
+    shift
+    if ((left < 1)); then return 124; fi
+    timeout -k $grace $((limit < left ? limit : left)) "$@"
+}
+
+# step NAME SECONDS COMMAND...
 step() {
-    local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS))
+    local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) status=0 is_late=0
     shift 2
-    if ((left < 5)); then
-        echo "== $name: no time left"
-        failed=$((failed + 1))
-        return
+    if ((left < 2)); then
+        late "$name (not begun)"
+        return 1
     fi
     echo "== $name"
-    if timeout -k 5 $((limit < left ? limit : left)) "$@"; then
+    bounded "$limit" "$@" || status=$?
+    if ((status == 124 || status == 137)); then is_late=1; fi
+    if ((status == 0)); then
         echo "== $name: passed in $((SECONDS - start)) s"
+    elif ((is_late && (limit >= left || ${is_cut_at_limit:-0}))); then
+        echo "== $name: cut off after $((SECONDS - start)) s"
+        late "$name (cut off)"
     else
-        echo "== $name: FAILED ($?) after $((SECONDS - start)) s"
-        failed=$((failed + 1))
+        if ((is_late)); then status="no end within $limit s"; fi
+        echo "== $name: FAILED ($status) after $((SECONDS - start)) s"
+        failed+=("$name")
     fi
+    [[ $status == 0 ]]
+}
+
+# What the clock takes has failed as long as there is no verdict.
+late() {
+    if ((is_decided)); then cut+=("$1"); else failed+=("$1"); fi
+}
+
+# A benchmark keeps each row that it has: where its share of the time ends it is cut off, and has not failed.
+measure() { is_cut_at_limit=1 step "$@"; }
+
+run_test() { step "$1" "$2" "$python" -m pytest -q -rs -p no:cacheprovider "tests/gpu/test_$1.py"; }
+
+skip() {
+    echo "== $1: skipped, $2"
+    skipped+=("$1 ($2)")
+}
+
+has() { "$python" -c "import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]" "$@" 2>/dev/null; }
+
+finish() {
+    echo "== skipped:"
+    for each in "${skipped[@]:-nothing}"; do echo "     $each"; done
+    echo "== cut off by the clock: $(join "${cut[@]:-nothing}")"
+    echo "== failed: $(join "${failed[@]:-nothing}")"
+    cat "$results/verdict.txt"
+    echo "== $SECONDS s in all, results in $results"
+    exit ${#failed[@]}
+}
+
+join() {
+    local text
+    text=$(printf ', %s' "$@")
+    echo "${text:2}"
+}
+
+# What the steps need and this Python has not, for the CUDA version of torch.
+install_wheels() {
+    local each missing=() log=$results/wheels.log
+    local pip=("$python" -m pip install --quiet --no-index --find-links build/wheels --target $site --upgrade)
+    for each in pytest=pytest numpy=numpy yaml=pyyaml pydantic=pydantic click=click rich=rich safetensors=safetensors \
+        cuda.bindings="cuda-bindings==$1.*" cuda.core=cuda-core kernel_lens=kernel-lens; do
+        has "${each%%=*}" || missing+=("${each#*=}")
+    done
+    if ((${#missing[@]} == 0)); then return; fi
+    if [[ ! -d build/wheels ]]; then
+        skip "packages" "no $(join "${missing[@]}") and no build/wheels: see build_scripts/device_wheels.sh"
+        return
+    fi
+    if bounded 40 "${pip[@]}" "${missing[@]}" >"$log" 2>&1; then return; fi
+    for each in "${missing[@]}"; do # one by one: a wheel that does not fit costs no other
+        bounded 10 "${pip[@]}" "$each" >>"$log" 2>&1 || skip "$each" "not in build/wheels: see $log"
+    done
+}
+
+# Of the device that torch takes, as CMake names it, and the CUDA version of torch.
+find_device() {
+    bounded 60 "$python" -c '
+import torch
+print("%d%d-real" % torch.cuda.get_device_capability(), torch.version.cuda.split(".")[0])' 2>"$results/device.log"
 }
 
 build() {
-    cmake -S plugins -B build/cuda -DXSHARE_CUDA=ON >build/cuda/configure.log &&
+    cmake -S plugins -B build/cuda -DXSHARE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$1" \
+        >build/cuda/configure.log 2>&1 &&
         cmake --build build/cuda --target xshare xshare_cuda -j "$(nproc)" >build/cuda/build.log 2>&1 || {
-        tail -40 build/cuda/configure.log build/cuda/build.log
+        tail -n 40 build/cuda/configure.log build/cuda/build.log
         return 1
     }
     mkdir -p xshare_trtllm/lib && cp build/cuda/libxshare.so xshare_trtllm/lib/
+}
+export -f build
+
+no_spills() {
     if grep 'bytes stack frame' build/cuda/build.log | grep -vq ' 0 bytes stack frame, 0 bytes spill'; then
         echo "a kernel spills: see build/cuda/build.log"
         return 1
     fi
 }
-export -f build
+export -f no_spills
+
+judge() {
+    "$python" benchmarks/route_targets.py "$rows_json" "$@" | tee "$results/targets.txt"
+    return "${PIPESTATUS[0]}"
+}
+export -f judge
 
 # A subset under the sanitizer, which slows every launch down a hundredfold: one block, clusters of 8 and 16,
 # rows of a request after each other, many rows. sanitize TOOL PATTERN OPTION...
 sanitize() {
-    local tool=$1 pattern=$2 log=build/cuda/$1.log status=0
+    local tool=$1 pattern=$2 log=$results/$1.log status=0
     shift 2
     compute-sanitizer --tool "$tool" "$@" --error-exitcode 99 "$python" -m pytest -q -x -p no:cacheprovider \
         tests/gpu/test_route_cuda.py -k "$pattern" >"$log" 2>&1 || status=$?
-    tail -25 "$log"
+    tail -n 25 "$log"
     return $status
 }
 export -f sanitize
-export python
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "needs a GPU"; exit 1; }
-# By value: what comes first is there even if the time runs out.
-step build 150 bash -c build
-step correctness 90 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_route_cuda.py
-step route_gpu 150 "$python" benchmarks/route_gpu.py --quick --json "$results/route_gpu.json"
-step moe_layer_gpu 60 "$python" benchmarks/moe_layer_gpu.py --json "$results/moe_layer_gpu.json"
+verdict() {
+    local text=PASS
+    if ((${#failed[@]})); then text="FAIL: $(join "${failed[@]}")"; fi
+    is_decided=1
+    echo "VERDICT: $text" >"$results/verdict.txt"
+    if [[ -s $results/targets.txt ]]; then cat "$results/targets.txt" >>"$results/verdict.txt"; fi
+    head -n 1 "$results/verdict.txt"
+}
+
+# ---- The verdict: is it built, right and fast enough ------------------------------------------------------
+if ! device=$(find_device); then
+    echo "== torch has no GPU: $(tail -n 1 "$results/device.log")"
+    failed+=(device)
+else
+    read -r architecture cuda <<<"$device"
+    install_wheels "$cuda"
+    step "build for ${architecture%-real}" 150 bash -c "build $architecture"
+fi
+if [[ ! -e $XSHARE_CUDA_LIBRARY ]]; then
+    verdict
+    finish
+fi
+step no_spills 5 bash -c no_spills
+run_test route_cuda 100 || step bisect 100 "$python" tests/gpu/switches.py
+step deciding_rows 90 "$python" benchmarks/route_gpu.py --rows deciding --json "$rows_json"
+step targets 20 bash -c judge
+verdict
+
+# ---- Everything else, as far as the time goes --------------------------------------------------------------
+measure other_rows 70 "$python" benchmarks/route_gpu.py --rows rest --json "$rows_json"
+if [[ ${architecture%-real} -ge 90 ]]; then
+    measure moe_layer 45 "$python" benchmarks/moe_layer_gpu.py --json "$results/moe_layer_gpu.json"
+else
+    skip moe_layer "needs compute capability 9.0"
+fi
+if [[ " ${failed[*]} " == *" route_cuda"* ]]; then
+    skip route_switches "bisect was the same"
+else
+    run_test route_switches 100
+fi
+if has pydantic click rich yaml safetensors; then
+    run_test ops_cuda 90
+else
+    skip ops_cuda "needs pydantic, click, rich, pyyaml and safetensors"
+fi
 if command -v compute-sanitizer >/dev/null; then
     rows='(gpt-oss or v3) and (-16] or -33] or -100] or -257]) or largest-256]'
     step memcheck 45 bash -c "sanitize memcheck '$rows' --report-api-errors no"
     step racecheck 45 bash -c "sanitize racecheck '$rows'"
     step synccheck 45 bash -c "sanitize synccheck 'v3 and (-16] or -100])'"
 else
-    echo "== compute-sanitizer is not there: its steps are skipped"
+    skip "memcheck, racecheck, synccheck" "needs compute-sanitizer"
 fi
-if "$python" -c 'import pydantic' 2>/dev/null; then
-    for name in ops_cuda aot_engine plugin_enqueue; do # the last one builds the plugin
-        step "$name" 150 env PYTHONPATH="$PWD" "$python" -m pytest -q -rs -p no:cacheprovider "tests/gpu/test_$name.py"
-    done
+measure compiled_pytorch 90 "$python" benchmarks/route_gpu.py --compiled --rows deciding --json "$rows_json"
+if has pydantic numpy; then run_test aot_engine 150; else skip aot_engine "needs pydantic and numpy"; fi
+if has pydantic kernel_lens || [[ -n ${TENSORRT_ROOT:-} ]]; then
+    run_test plugin_enqueue 150 # builds the plugin
 else
-    echo "== pydantic is not there: the torch operators, the plugin and the ahead-of-time kernels are skipped"
+    skip plugin_enqueue "needs pydantic, and TensorRT's headers in TENSORRT_ROOT or kernel-lens"
 fi
-echo "== $failed steps failed, $SECONDS s in all, results in $results"
-exit "$failed"
+has tensorrt || skip "the engine of aot_engine" "needs tensorrt"
+finish

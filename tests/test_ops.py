@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -55,6 +58,8 @@ def make_logits(generator: torch.Generator, num_tokens: int, num_experts: int, k
         return 1.0 + (logits * 4).round() * 2.0**-23
     if kind == "low":  # sigmoids of 0 in fixed point
         return logits - 40
+    if kind == "subnormal":
+        return logits * 1e-39
     return logits
 
 
@@ -87,7 +92,7 @@ def calls(draw: st.DrawFn) -> Call:
         utility=draw(st.sampled_from(UTILITIES if rule.is_bounded else ("squared_weight",))),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    kind = draw(st.sampled_from(("normal", "ties", "zeros", "huge", "wide", "close", "low")))
+    kind = draw(st.sampled_from(("normal", "ties", "zeros", "huge", "wide", "close", "low", "subnormal")))
     logits = make_logits(generator, num_tokens, num_experts, kind).to(draw(st.sampled_from(DTYPES)))
     if num_tokens and draw(st.booleans()):
         logits[draw(st.integers(0, num_tokens - 1)), draw(st.integers(0, num_experts - 1))] = draw(
@@ -100,7 +105,7 @@ def calls(draw: st.DrawFn) -> Call:
     extras: dict[str, torch.Tensor] = {}
     if rule.has_bias and draw(st.booleans()):
         bias = torch.randn(num_experts, generator=generator)
-        extras["correction_bias"] = bias * draw(st.sampled_from((0.1, 1.0, 1e37, 0.0)))
+        extras["correction_bias"] = bias * draw(st.sampled_from((0.1, 1.0, 1e37, 1e-39, 0.0)))
     if config.request_budget is not None or draw(st.booleans()):
         names = torch.tensor(
             [-1, 0, 1, 2, 7, 2**31 - 1], dtype=draw(st.sampled_from((torch.int32, torch.int64)))
@@ -283,6 +288,113 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert len(same) == 800 and all(same)
+
+
+C_LIBRARY = ctypes.CDLL(None)
+FE = {  # rounding directions in fenv.h: upward, downward, towards zero
+    "x86_64": (0x800, 0x400, 0xC00),
+    "aarch64": (0x400000, 0x800000, 0xC00000),
+}
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """The calling thread takes subnormal numbers for zeros, as `torch.set_flush_denormal(True)` asks for."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("torch cannot flush subnormal numbers on this CPU")
+    try:
+        assert torch.tensor(1e-39).mul(1.0).item() == 0.0
+        yield
+        assert torch.tensor(1e-39).mul(1.0).item() == 0.0, "the caller's mode was not restored"
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def rounding(direction: int) -> Iterator[None]:
+    before = C_LIBRARY.fegetround()
+    assert C_LIBRARY.fesetround(direction) == 0
+    try:
+        yield
+        after = C_LIBRARY.fegetround()
+    finally:
+        C_LIBRARY.fesetround(before)
+    assert after == direction, "the caller's mode was not restored"
+
+
+def float_modes() -> list[AbstractContextManager[None]]:
+    return [flushing(), *(rounding(direction) for direction in FE.get(platform.machine(), ()))]
+
+
+def subnormal(*shape: int) -> torch.Tensor:
+    return 1e-39 * torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def far_apart(num_tokens: int, num_experts: int) -> torch.Tensor:
+    """The first eight of a row at 0, the others so far below that their softmax is subnormal."""
+    logits = -86 - torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(6))
+    return torch.where(torch.arange(num_experts) < 8, 0.0, logits)
+
+
+SMALL_NUMBERS: dict[str, Call] = {
+    "logits": (subnormal(16, 128), RouterSpec(128, 4, "topk_softmax"), XShareConfig(coverage=0.9), {}),
+    "affinities": (far_apart(16, 64), RouterSpec(64, 16, "softmax"), XShareConfig(64), {}),
+    "weights": (far_apart(16, 64), RouterSpec(64, 16, "topk_softmax"), XShareConfig(64), {}),
+    "bias": (
+        torch.full((16, 64), -90.0),
+        RouterSpec(64, 8, "sigmoid_bias"),
+        XShareConfig(16),
+        {"correction_bias": subnormal(64)},
+    ),
+    "scaled": (
+        torch.randn(4, 16, generator=torch.Generator().manual_seed(7)),
+        RouterSpec(16, 4, "softmax_renorm", routed_scaling_factor=1.5e-38),
+        XShareConfig(coverage=0.97),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SMALL_NUMBERS)
+def test_small_numbers_equal_the_reference(what: str) -> None:
+    assert_matches_reference(SMALL_NUMBERS[what])
+
+
+def assert_same_in_every_mode(call: Call) -> None:
+    logits, spec, config, extras = call
+    expected = (*ops.route(logits, spec, config, **extras), ops.mask_logits(logits, spec, config, **extras))
+    for mode in float_modes():
+        with mode:
+            got = (
+                *ops.route(logits, spec, config, **extras),
+                ops.mask_logits(logits, spec, config, **extras),
+            )
+        for name, mine, wanted in zip((*OUTPUTS, "masked_logits"), got, expected, strict=True):
+            assert_same_bits(name, mine, wanted)
+
+
+@pytest.mark.parametrize("what", SMALL_NUMBERS)
+def test_bits_do_not_depend_on_the_callers_float_mode(what: str) -> None:
+    """The reference's do, which is why these calls show whether the library has a mode of its own."""
+    call = SMALL_NUMBERS[what]
+    assert_same_in_every_mode(call)
+    logits, spec, config, extras = call
+    default = reference.route(logits, spec, config, **extras)
+    with flushing():
+        flushed = reference.route(logits, spec, config, **extras)
+    assert not all(map(torch.equal, flushed, default))
+
+
+@settings(max_examples=50, deadline=None)
+@given(calls())
+def test_bits_do_not_depend_on_the_callers_float_mode_anywhere(call: Call) -> None:
+    assert_same_in_every_mode(call)
+
+
+def test_a_refused_call_restores_the_callers_float_mode() -> None:
+    for mode in float_modes():
+        with mode, pytest.raises(ValueError, match="budget must be at least top_k=4"):
+            ops.route(torch.zeros(2, 16), SPEC, XShareConfig(3))
 
 
 SPEC = RouterSpec(16, 4, "softmax")

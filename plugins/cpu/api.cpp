@@ -4,6 +4,7 @@
 
 #include "core/dial.h"
 #include "core/validate.h"
+#include "cpu/float_mode.h"
 #include "cpu/route.h"
 
 namespace xshare {
@@ -52,6 +53,24 @@ void turn(xshare_route_params& p, const xshare_dial* dial) {
     p.request_budget = p.gpu_budget = 0;
 }
 
+__attribute__((noinline)) xshare_status run(const xshare_route_params* params,
+                                            const xshare_route_tensors* tensors, void* workspace,
+                                            size_t workspace_size) {
+    xshare_route_params p;
+    xshare_route_tensors t;
+    unsigned char* buffer = nullptr;
+    xshare_status status = copy_struct(params, "xshare_route_params", p, last_error());
+    if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_route_tensors", t, last_error());
+    if (status == XSHARE_OK) status = check_params(p, last_error());
+    if (status == XSHARE_OK) status = check_pointers(p, t, last_error());
+    if (status == XSHARE_OK) turn(p, t.dial);
+    if (status == XSHARE_OK) status = check_contents(p, t, last_error());
+    if (status == XSHARE_OK)
+        status = find_workspace(route_workspace_size(p), workspace, workspace_size, buffer);
+    if (status == XSHARE_OK) route(p, t, buffer);
+    return status;
+}
+
 }  // namespace
 }  // namespace xshare
 
@@ -70,20 +89,8 @@ xshare_status xshare_workspace_size(const xshare_route_params* params, size_t* w
 
 xshare_status xshare_route_cpu(const xshare_route_params* params, const xshare_route_tensors* tensors,
                                void* workspace, size_t workspace_size) {
-    using namespace xshare;
-    xshare_route_params p;
-    xshare_route_tensors t;
-    unsigned char* buffer = nullptr;
-    xshare_status status = copy_struct(params, "xshare_route_params", p, last_error());
-    if (status == XSHARE_OK) status = copy_struct(tensors, "xshare_route_tensors", t, last_error());
-    if (status == XSHARE_OK) status = check_params(p, last_error());
-    if (status == XSHARE_OK) status = check_pointers(p, t, last_error());
-    if (status == XSHARE_OK) turn(p, t.dial);
-    if (status == XSHARE_OK) status = check_contents(p, t, last_error());
-    if (status == XSHARE_OK)
-        status = find_workspace(route_workspace_size(p), workspace, workspace_size, buffer);
-    if (status == XSHARE_OK) route(p, t, buffer);
-    return status;
+    const xshare::DefaultFloatMode mode;
+    return xshare::run(params, tensors, workspace, workspace_size);
 }
 
 const char* xshare_error_string(xshare_status status) {

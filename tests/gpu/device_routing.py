@@ -1,7 +1,7 @@
-"""libxshare_cuda.so through ctypes with torch tensors, for the GPU tests and benchmarks. Needs torch alone.
+"""The C ABI through ctypes with torch tensors, for the GPU tests and benchmarks. Needs torch alone.
 
-The library is taken from XSHARE_CUDA_LIBRARY, else from build/cuda, where build_scripts/device_check.sh
-puts it.
+The library is taken from XSHARE_CUDA_LIBRARY, else from build/cuda, where build_scripts/device_check.sh puts
+it. Calls on host tensors are content with libxshare.so.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_path()))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     loaded.xshare_route_cpu.argtypes = [pointer, pointer, pointer, size]
-    loaded.xshare_route_cuda.argtypes = [pointer, pointer, pointer, size, pointer]
-    loaded.xshare_cuda_workspace_size.argtypes = [pointer, ctypes.POINTER(size)]
     loaded.xshare_last_error.restype = ctypes.c_char_p
+    if hasattr(loaded, "xshare_route_cuda"):
+        loaded.xshare_route_cuda.argtypes = [pointer, pointer, pointer, size, pointer]
+        loaded.xshare_cuda_workspace_size.argtypes = [pointer, ctypes.POINTER(size)]
     return loaded
 
 
@@ -156,10 +157,14 @@ class Call:
         self.params = settings.pack(inputs.router_logits)
         no_dial = 0
         self.tensors = _TENSORS.pack(_TENSORS.size, *addresses, no_dial)
+        self.workspace = self.make_workspace(inputs.router_logits.device)
+
+    def make_workspace(self, device: torch.device) -> Tensor:
+        """Bytes of no meaning; none on the host, which has its own."""
         size = ctypes.c_size_t()
-        check(library().xshare_cuda_workspace_size(self.params, ctypes.byref(size)))
-        device = inputs.router_logits.device
-        self.workspace = torch.full((size.value,), 0xA5, dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            check(library().xshare_cuda_workspace_size(self.params, ctypes.byref(size)))
+        return torch.full((size.value,), 0xA5, dtype=torch.uint8, device=device)
 
     def run_on_host(self) -> None:
         check(library().xshare_route_cpu(self.params, self.tensors, None, 0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-sys.path.append(str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
 
+import chain  # noqa: E402
 from device_routing import BIASED, DTYPES, SCORINGS, Call, Inputs, Outputs, Settings, library_path  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -144,8 +147,7 @@ def test_captured_graph_follows_new_contents(num_tokens: int) -> None:
     _, device = on_both(settings, inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(3):  # kernels behind each other: no launch may overtake the one before it
-            device.enqueue()
+        device.enqueue()
     for _ in range(5):
         fresh = Inputs(torch.randn(num_tokens, 256), torch.randn(256))
         fresh.request_ids = torch.randint(-1, generator.choice((2, 9, 200)), (num_tokens,), dtype=torch.int32)
@@ -157,6 +159,40 @@ def test_captured_graph_follows_new_contents(num_tokens: int) -> None:
         torch.cuda.synchronize()
         host, _ = on_both(settings, fresh)
         assert device.outputs.differences(host.outputs) == []
+
+
+@pytest.mark.parametrize("num_tokens", (16, 64, 256, 1000))
+@pytest.mark.parametrize("model", chain.MODELS)
+def test_chain_on_a_stream(model: str, num_tokens: int) -> None:
+    """Enqueued behind a busy GPU: a call that comes too late cannot overtake the one before it."""
+    calls = chain.Chain(model, num_tokens, "cuda")
+
+    def launch() -> None:
+        torch.cuda._sleep(2_000_000)
+        calls.enqueue()
+
+    assert chain.wrong_repetitions(calls, launch, 100) == []
+
+
+@pytest.mark.parametrize("num_tokens", (16, 64, 256, 1000))
+@pytest.mark.parametrize("model", chain.MODELS)
+def test_chain_in_a_graph(model: str, num_tokens: int) -> None:
+    calls = chain.Chain(model, num_tokens, "cuda")
+    calls.enqueue()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls.enqueue()
+    assert chain.wrong_repetitions(calls, graph.replay, 200) == []
+
+
+@pytest.mark.parametrize("num_tokens", (16, 256, 1000))
+def test_capture_may_be_the_first_call_of_a_process(num_tokens: int) -> None:
+    """It gives what the host gives, or a sentence about the capture, after which the process goes on."""
+    command = [sys.executable, str(HERE / "first_capture.py"), str(num_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(("captured", "refused")), done.stdout
 
 
 def test_kernel_before_it_is_awaited() -> None:

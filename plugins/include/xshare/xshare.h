@@ -129,9 +129,10 @@ typedef enum xshare_stat {
 // Checks `params` and says how much workspace a call with them needs (aligned to 64 bytes).
 XSHARE_API xshare_status xshare_workspace_size(const xshare_route_params* params, size_t* workspace_size);
 
-// Routes one MoE layer's rows on the calling thread. With workspace = NULL (and workspace_size = 0) it uses a
-// buffer of the calling thread that grows to the largest call so far (at most 1 MiB + 9 bytes per row) and is
-// then reused.
+// Routes one MoE layer's rows on the calling thread, with the same bits whatever floating-point mode the
+// thread is in (flushing of subnormal numbers, rounding); the mode is its own again afterwards. With
+// workspace = NULL (and workspace_size = 0) it uses a buffer of the calling thread that grows to the largest
+// call so far (at most 1 MiB + 9 bytes per row) and is then reused.
 XSHARE_API xshare_status xshare_route_cpu(const xshare_route_params* params,
                                           const xshare_route_tensors* tensors, void* workspace,
                                           size_t workspace_size);
