@@ -1,10 +1,12 @@
-"""`torch.ops.xshare` on CUDA tensors against the host's library, bit for bit, and in CUDA graphs.
+"""`torch.ops.xshare` on CUDA tensors against the host's library, bit for bit, and in CUDA graphs: with
+the kernels that are compiled at first use, and with those of libxshare_cuda.so.
 
 Written ahead of a run on a GPU; tests/trtllm/test_torch_backend_ops.py runs the wrapper's code without one.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,10 +18,10 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from xshare_trtllm import RouterSpec, XShareConfig, mask_logits, ops, route  # noqa: E402
+from xshare_trtllm import RouterSpec, XShareConfig, mask_logits, ops, route, warm_up  # noqa: E402
+from xshare_trtllm.kernels import launch, store  # noqa: E402
+from xshare_trtllm.kernels.compile import why_not  # noqa: E402
 
-if not ops.cuda_available():
-    pytest.skip("needs libxshare_cuda.so: XSHARE_CUDA=1 pip install .", allow_module_level=True)
 if not ops.available():
     pytest.skip("needs libxshare.so: pip install .", allow_module_level=True)
 
@@ -32,6 +34,45 @@ MODELS = {
     ),
 }
 Arguments = dict[str, Any]
+
+
+@pytest.fixture(params=("compiled", "library"), autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    missing = why_not() if request.param == "compiled" else None
+    if request.param == "library" and ops._load_cuda() is None:
+        missing = "libxshare_cuda.so: XSHARE_CUDA=1 pip install ."
+    if missing:
+        pytest.skip(f"needs {missing}")
+    monkeypatch.setattr(ops, "_prebuilt", ops._load_cuda if request.param == "library" else lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("is_kept", (False, True))
+def test_first_call_compiles(
+    is_kept: bool, kernels: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In seconds with an empty folder of kernels, at once with a filled one, and not while a graph is captured."""
+    if kernels == "library":
+        pytest.skip("needs no first call")
+    folder = tmp_path_factory.getbasetemp() / "first_call"
+    monkeypatch.setenv("XSHARE_CACHE", str(folder))
+    spec, config = RouterSpec(96, 5, "softmax_renorm"), XShareConfig(coverage=0.93, warmup=2)
+    for known in (launch._loaded, launch._calls):
+        known.clear()
+    logits = torch.zeros(4, 96, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="is being captured"), torch.cuda.graph(graph):
+        route(logits, spec, config)
+    start = time.perf_counter()
+    warm_up(logits, spec, config)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    print(
+        f"{'kept' if is_kept else 'compiled'}: {seconds:.2f} s, {len(list(store.folder().iterdir()))} kernels"
+    )
+    assert seconds < (0.5 if is_kept else 10)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        route(torch.zeros(300, 96, device="cuda"), spec, config)
 
 
 def arguments(rows: int, spec: RouterSpec, dtype: Any = torch.bfloat16, seed: int = 0) -> Arguments:
@@ -78,7 +119,7 @@ def test_same_bits_as_on_the_host(model: str, rows: int, dtype: Any) -> None:
     spec, config = MODELS[model]
     host = arguments(rows, spec, dtype, seed=rows)
     device = on_gpu(host)
-    ops.route(**device, spec=spec, config=config)  # loads the kernels
+    warm_up(**device, spec=spec, config=config)
     with no_synchronisation():
         routing = route(**device, spec=spec, config=config)
         masked = mask_logits(**device, spec=spec, config=config)
@@ -105,7 +146,7 @@ def test_captured_in_a_graph(model: str, rows: int) -> None:
     """Outputs and workspace come from the graph's pool; a replay reads the inputs of its step."""
     spec, config = MODELS[model]
     static = on_gpu(arguments(rows, spec))
-    route(**static, spec=spec, config=config)
+    warm_up(**static, spec=spec, config=config)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
