@@ -1,7 +1,7 @@
 """The machine code of the step kernels: registers, shared memory, spills, instructions and size.
 
     python benchmarks/route_sass.py [--plugins FOLDER]
-    python benchmarks/route_sass.py --all
+    python benchmarks/route_sass.py --all [SM ...]
 
 Needs no GPU, but NVRTC and cuda-python (pip install cuda-bindings nvidia-cuda-nvrtc), nvdisasm (PATH,
 /usr/local/cuda or the package triton), and for the library's kernels nvcc (CUDACXX, PATH, /usr/local/cuda).
@@ -14,6 +14,7 @@ architecture, and fails where one spills. `--plugins` measures another version's
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -42,7 +43,6 @@ NAMES = (
     *("masked_logits", "active_experts", "stats", "step_bias", "dial"),
 )
 STEP = ("expert_ids", "expert_weights", "active_experts")
-EVERYTHING = XShareConfig(64, request_budget=16, gpu_budget=16, coverage=0.97, max_rows=64)
 
 
 def find_tool(name: str) -> str:
@@ -130,27 +130,29 @@ def measure_compiled(cubin: Path) -> None:
 
 
 def every_setting() -> Iterator[tuple[str, Setting]]:
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
     for scoring in SCORINGS:
         for experts, top_k in ((32, 2), (64, 6), (128, 4), (256, 8), (384, 8), (512, 16)):
             spec = RouterSpec(experts, top_k, scoring)
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                few = (XShareConfig(coverage=0.97), STEP)
-                many = (
-                    EVERYTHING if experts > 64 else XShareConfig(experts, request_budget=8, coverage=0.97),
-                    tuple(each for each in NAMES if each not in ("correction_bias", "step_bias")),
-                )
-                for config, has in (few, many):
-                    name = f"{scoring} E={experts} k={top_k} {str(dtype).removeprefix('torch.')}"
-                    yield f"{name} {'step' if has is STEP else 'all'}", setting_of(spec, config, has, dtype)
+            everything = XShareConfig(experts, request_budget=8, coverage=0.97, gpu_budget=8, max_rows=64)
+            outputs = tuple(each for each in NAMES if each not in ("correction_bias", "step_bias"))
+            for config, has in ((XShareConfig(coverage=0.97), STEP), (everything, outputs)):
+                dtype = next(dtypes)
+                name = f"{scoring} E={experts} k={top_k} {str(dtype).removeprefix('torch.')}"
+                yield f"{name} {'step' if has is STEP else 'all'}", setting_of(spec, config, has, dtype)
 
 
-def compile_all() -> int:
-    """Every kernel of every setting for every architecture; prints the worst of each architecture."""
-    line = (ROOT / "plugins" / "cuda" / "architectures.cmake").read_text()
-    known = re.search(r"XSHARE_ALL_ARCHITECTURES (.*)\)", line)
+def all_architectures() -> list[str]:
+    text = (ROOT / "plugins" / "cuda" / "architectures.cmake").read_text()
+    known = re.search(r"XSHARE_ALL_ARCHITECTURES (.*)\)", text)
     assert known
+    return known[1].split()
+
+
+def compile_all(architectures: list[str]) -> int:
+    """Every kernel of every setting; prints the worst of each architecture. Returns how many spill."""
     failures = 0
-    for sm in known[1].split():
+    for sm in architectures or all_architectures():
         worst: dict[str, tuple[int, str]] = {}
         compiled = 0
         for name, setting in every_setting():
@@ -170,10 +172,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plugins", type=Path, default=ROOT / "plugins", help="the library's sources")
-    parser.add_argument("--all", action="store_true", help="compile everything instead (hours on one core)")
+    parser.add_argument(
+        "--all", nargs="*", metavar="SM", help="compile everything for these, or all (10 minutes each)"
+    )
     options = parser.parse_args()
-    if options.all:
-        sys.exit(compile_all())
+    if options.all is not None:
+        sys.exit(compile_all(options.all))
     print(f"{'':56}{'sm':>5}{'registers':>11}{'shared':>8}{'spills':>8}{'instructions':>14}{'KiB':>7}")
     with tempfile.TemporaryDirectory() as folder:
         measure_library(options.plugins, Path(folder) / "step.cubin")

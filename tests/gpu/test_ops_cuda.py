@@ -51,7 +51,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_first_call_compiles(
     is_kept: bool, kernels: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In seconds with an empty folder of kernels, at once with a filled one, and not while a graph is captured."""
+    """In seconds with an empty folder of kernels, at once with a filled one, and not in a capture."""
     if kernels == "library":
         pytest.skip("needs no first call")
     folder = tmp_path_factory.getbasetemp() / "first_call"
