@@ -2,8 +2,8 @@
 
 Tensors "on cuda" are on the host, a call is run where it would be enqueued, and a captured graph is the list
 of the calls in it. It shows that the tests and benchmarks of the device check do what they say; it shows
-nothing about a GPU. Times are made up: a microsecond for every call in a graph, and what
-XSHARE_STAND_IN_LATE=1 makes late is.
+nothing about a GPU. Times are made up, a microsecond for every call in a graph; with XSHARE_STAND_IN_LATE=1
+the host is always too late to enqueue behind a busy GPU.
 """
 
 from __future__ import annotations
