@@ -23,6 +23,7 @@ _OTHER_SHAPES = {
     "cohere2_moe": "its first layers have MLPs of a width of their own",
     "dbrx": "its layers are not described by the fields that are read here",
     "deepseek_v32": _SPARSE,
+    "deepseek_v4": _SPARSE,
     "diffusion_gemma_text": "its layers have a dense MLP beside the experts",
     "dots3_note_text": _SPARSE,
     "gemma4_text": "its layers have a dense MLP beside the experts",
