@@ -18,7 +18,7 @@ class Family(NamedTuple):
     num_experts  names of the field, the first present counts; so with `top_k`
     only         fields that, where present, must have one of these values
     scale        the field of the factor on every weight, "" where there is none
-    grouped      expert groups: "" none, "by fields", "by best two" of its softmax scores (another scoring where
+    grouped      expert groups: "" none, "by fields", "by best two" of softmax scores (another scoring, where
                  there are several), or "one" where only a single group is expressed here
     where        the nested block of these fields, "" = the configuration itself
     """
@@ -186,7 +186,8 @@ _BY_BEST_TWO = {"softmax": "softmax_bias", "softmax_renorm": "softmax_bias_renor
 REFUSED: dict[str, str] = {
     "doge": "it finds its experts by the product of two sets of keys",
     "inkling_text": "its shared experts are in the sum that the weights are divided by",
-    "longcat_flash": "some of its experts hand their input on and read no weights, where a budget counts each",
+    "longcat_flash": "some of its experts hand their input on and read no weights, where a budget counts "
+    "each",
     "nllb-moe": "its experts have a capacity",
     "openai_privacy_filter": "it labels tokens and never decodes",
     "phimoe": "it chooses one expert after the other, each with a softmax of its own (SparseMixer)",
