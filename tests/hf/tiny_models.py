@@ -41,6 +41,7 @@ SMALL = {
     "moe_num_experts": EXPERTS,
     "num_experts_per_tok": TOP_K,
     "num_experts_per_token": TOP_K,
+    "moe_k": TOP_K,
     "moe_topk": TOP_K,
     "top_k_experts": TOP_K,
     "n_shared_experts": 1,
@@ -230,6 +231,7 @@ def tiny_model(model_type, dtype=torch.float32):
 
 ROUTERS = ("gate", "router")
 WRAPPERS = {
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
     "gemma4": "gemma4_text",
     "kimi_k25": "deepseek_v3",
     "llava": "mixtral",
