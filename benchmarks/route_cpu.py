@@ -69,7 +69,7 @@ class Batches:
             torch.randn(num_tokens, spec.num_experts, generator=generator) for _ in range(NUM_BATCHES)
         ]
         self.bias = 0.1 * torch.randn(spec.num_experts, generator=generator)
-        self.correction_bias = self.bias if spec.scoring == "sigmoid_bias" else None
+        self.correction_bias = self.bias if spec.rule.has_bias else None
         self.outputs = ops._empty_outputs(num_tokens, spec.num_experts, spec.top_k)
         ids, weights, active, stats = (output.data_ptr() for output in self.outputs)
         bias = 0 if self.correction_bias is None else self.correction_bias.data_ptr()

@@ -352,6 +352,15 @@ def test_a_wrapped_text_model_is_read():
     assert RouterSpec.from_hf_config({"model_type": "kimi_k25", "text_config": KIMI_K2}).num_experts == 384
 
 
+MISTRAL4 = {
+    "model_type": "mistral4",
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}
+
+
 @pytest.mark.parametrize(
     "fields, spec",
     [
@@ -397,6 +406,36 @@ def test_a_wrapped_text_model_is_read():
             | {"expert_selection_fn": "sigmoid", "norm_topk_prob": True},
             RouterSpec(8, 2, "sigmoid_bias"),
         ),
+        (MISTRAL4 | {"n_group": 4, "topk_group": 2}, RouterSpec(128, 4, "softmax_bias_renorm", 4, 2)),
+        (
+            MISTRAL4 | {"n_group": 4, "topk_group": 2, "norm_topk_prob": False},
+            RouterSpec(128, 4, "softmax_bias", 4, 2),
+        ),
+        (MISTRAL4 | {"n_group": 1, "topk_group": 1}, RouterSpec(128, 4, "softmax_renorm")),
+        (
+            {"model_type": "ernie4_5_moe", "moe_num_experts": 64, "moe_k": 6},
+            RouterSpec(64, 6, "softmax_bias_renorm"),
+        ),
+        (
+            {
+                "model_type": "llama4",
+                "text_config": {
+                    "model_type": "llama4_text",
+                    "num_local_experts": 16,
+                    "num_experts_per_tok": 1,
+                },
+            },
+            RouterSpec(16, 1, "topk_sigmoid"),
+        ),
+        (
+            {"model_type": "deepseek_v4", "n_routed_experts": 256, "num_experts_per_tok": 6}
+            | {"norm_topk_prob": True, "scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5},
+            RouterSpec(256, 6, "sqrt_softplus_bias", 1, 1, 1.5),
+        ),
+        (
+            {"model_type": "kolibri1", "num_local_experts": 384, "num_experts_per_tok": 6},
+            RouterSpec(384, 6, "topk_sigmoid"),
+        ),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
@@ -407,25 +446,15 @@ def test_fields_of_their_own(fields, spec):
 @pytest.mark.parametrize(
     "fields, message",
     [
+        ({"model_type": "longcat_flash"}, "longcat_flash is not supported: some of its experts hand"),
         (
-            {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}},
-            "llama4_text is not supported: it",
+            {"model_type": "kolibri1", "num_experts": 384, "num_experts_per_tok": 6, "norm_topk_prob": True},
+            "kolibri1 with norm_topk_prob=True is not supported, only False",
         ),
-        ({"model_type": "ernie4_5_moe"}, "ernie4_5_moe is not supported: it adds a bias to softmax scores"),
         ({"model_type": "phimoe"}, "SparseMixer"),
         (
             {"model_type": "hunyuan_v1_moe", "num_experts": 64, "moe_topk": [8, 4]},
             "moe_topk that differs by layer is not supported",
-        ),
-        (
-            {
-                "model_type": "mistral4",
-                "n_routed_experts": 128,
-                "num_experts_per_tok": 4,
-                "norm_topk_prob": True,
-            }
-            | {"routed_scaling_factor": 1.0, "n_group": 4},
-            "mistral4 with n_group=4 is not supported, only 1",
         ),
         (
             {"model_type": "gemma4_text", "enable_moe_block": False},

@@ -18,7 +18,8 @@ class Family(NamedTuple):
     num_experts  names of the field, the first present counts; so with `top_k`
     only         fields that, where present, must have one of these values
     scale        the field of the factor on every weight, "" where there is none
-    grouped      expert groups: "" none, "by fields", or "one" where only a single group is expressed here
+    grouped      expert groups: "" none, "by fields", "by best two" of softmax scores (another scoring, where
+                 there are several), or "one" where only a single group is expressed here
     where        the nested block of these fields, "" = the configuration itself
     """
 
@@ -79,6 +80,13 @@ _BAILING_V2 = Family(
     grouped="by fields",
 )
 
+# Their routers add the bias after the softmax.
+_ERNIE = Family(
+    "softmax_bias_renorm",
+    ("moe_num_experts", "num_experts"),
+    ("moe_k", "num_experts_per_tok"),
+)
+
 FAMILIES: dict[str, Family] = {
     "afmoe": Family(
         "sigmoid_bias",
@@ -98,9 +106,18 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _DEEPSEEK_V3,
+    # Its first layers choose by a table of token ids and are no layers of a router.
+    "deepseek_v4": Family(
+        "sqrt_softplus_bias",
+        _ROUTED,
+        only={**_RENORMALISED, "scoring_func": ("sqrtsoftplus",)},
+        scale="routed_scaling_factor",
+    ),
     "diffusion_gemma_text": Family("softmax_renorm", top_k=("top_k_experts",)),
     "dots1": _DEEPSEEK_V3,
     "dots3_note_text": _DEEPSEEK_V3,
+    "ernie4_5_moe": _ERNIE,
+    "ernie4_5_vl_moe_text": _ERNIE,
     "exaone_moe": _DEEPSEEK_V3,
     "flex_olmo": Family(_BY_NORM),
     "flint": Family("sigmoid_bias", only=_RENORMALISED),
@@ -130,8 +147,10 @@ FAMILIES: dict[str, Family] = {
         only={"moe_router_logit_softcapping": (0, 0.0)},
         scale="moe_routed_scaling_factor",
     ),
+    "kolibri1": Family("topk_sigmoid", only={"norm_topk_prob": (False,)}),
     "lara_mini": Family(_BY_NORM),
     "lfm2_moe": Family("sigmoid_bias", only=_RENORMALISED, scale="routed_scaling_factor"),
+    "llama4_text": Family("topk_sigmoid"),
     "mellum": Family(_BY_NORM),
     "mimo_v2_flash": _DEEPSEEK_V3,
     "minimax": Family("softmax_renorm"),
@@ -139,10 +158,9 @@ FAMILIES: dict[str, Family] = {
     "minimax_m3_vl_text": Family(
         "sigmoid_bias", only={"scoring_func": ("sigmoid",)}, scale="routed_scaling_factor"
     ),
-    # Their routers rank groups of softmax scores by the best two, here groups of those have the best one.
-    "mistral4": Family(_BY_NORM, _ROUTED, scale="routed_scaling_factor", grouped="one"),
+    "mistral4": Family(_BY_NORM, _ROUTED, scale="routed_scaling_factor", grouped="by best two"),
     "mistral_large4_text": Family(
-        "softmax_renorm", _ROUTED, only=_RENORMALISED, scale="routed_scaling_factor", grouped="one"
+        "softmax_renorm", _ROUTED, only=_RENORMALISED, scale="routed_scaling_factor", grouped="by best two"
     ),
     "mixtral": Family("softmax_renorm"),
     "muse_spark_text": Family("sigmoid_bias", scale="routed_scaling_factor"),
@@ -163,17 +181,13 @@ FAMILIES: dict[str, Family] = {
 }
 KNOWN_MODEL_TYPES: tuple[str, ...] = tuple(sorted(FAMILIES))
 
-_SOFTMAX_BIAS = "it adds a bias to softmax scores before the choice, which no scoring function here does"
+# The softmax scorings whose groups count by their best two, and their bias as zeros.
+_BY_BEST_TWO = {"softmax": "softmax_bias", "softmax_renorm": "softmax_bias_renorm"}
 REFUSED: dict[str, str] = {
-    "deepseek_v4": "it scores by the root of a softplus, and its first layers choose experts by a table of "
-    "token ids",
     "doge": "it finds its experts by the product of two sets of keys",
-    "ernie4_5_moe": _SOFTMAX_BIAS,
-    "ernie4_5_vl_moe_text": _SOFTMAX_BIAS,
     "inkling_text": "its shared experts are in the sum that the weights are divided by",
-    "kolibri1": "it adds its bias to the logits, before the sigmoid",
-    "llama4_text": "it weighs an expert's input by a sigmoid that is not renormalised",
-    "longcat_flash": f"{_SOFTMAX_BIAS}, and some of its experts do nothing",
+    "longcat_flash": "some of its experts hand their input on and read no weights, where a budget counts "
+    "each",
     "nllb-moe": "its experts have a capacity",
     "openai_privacy_filter": "it labels tokens and never decodes",
     "phimoe": "it chooses one expert after the other, each with a softmax of its own (SparseMixer)",
@@ -271,6 +285,8 @@ def router_fields(config: object) -> dict[str, Any]:
     elif family.grouped and model.get("topk_method") != "greedy":
         spec["num_groups"] = model.need("n_group", "num_expert_group")
         spec["top_k_groups"] = model.need("topk_group")
+        if family.grouped == "by best two" and spec["num_groups"] > 1:
+            spec["scoring"] = _BY_BEST_TWO[spec["scoring"]]
     return spec
 
 

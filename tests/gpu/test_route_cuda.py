@@ -10,7 +10,6 @@ import random
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +37,9 @@ MODELS = {
     "kimi-k2": (384, Settings(8, "sigmoid_bias", 1, 1, 2.827)),
     "largest": (512, Settings(16, "softmax")),
     "odd": (67, Settings(5, "softmax")),
+    "ernie-4.5": (64, Settings(6, "softmax_bias_renorm")),
+    "kolibri-1": (384, Settings(6, "topk_sigmoid")),
+    "deepseek-v4": (256, Settings(6, "sqrt_softplus_bias", 1, 1, 1.5)),
 }
 ROWS = (0, 1, 2, 16, 17, 33, 64, 65, 100, 128, 255, 256, 257, 700, 5000, 16384)
 
@@ -47,13 +49,14 @@ def budgets(settings: Settings, num_experts: int) -> list[Settings]:
     k, change = settings.top_k, settings.__class__
     base = settings.__dict__
     quarter = max(k, num_experts // 4)
+    by_score = "squared_weight" if settings.scoring == "sqrt_softplus_bias" else "affinity"
     return [
         change(**base | {"budget": num_experts}),
         change(**base | {"budget": quarter}),
         change(**base | {"budget": quarter, "request_budget": k + 4}),
         change(**base | {"budget": 2 * quarter, "gpu_budget": max(1, num_experts // 16), "warmup": 2}),
         change(**base | {"coverage": 0.97}),
-        change(**base | {"coverage": 0.7, "utility": "affinity", "mask_value": -1024.0}),
+        change(**base | {"coverage": 0.7, "utility": by_score, "mask_value": -1024.0}),
         change(
             **base
             | {
@@ -117,8 +120,6 @@ def test_equals_the_host_on_random_settings() -> None:
         num_experts, plain = generator.choice(list(MODELS.values()))
         scoring = plain.scoring if plain.num_groups > 1 else generator.choice(SCORINGS)
         settings = generator.choice(budgets(Settings(**plain.__dict__ | {"scoring": scoring}), num_experts))
-        if scoring == "sqrt_softplus_bias":
-            settings = replace(settings, utility="squared_weight")
         num_tokens = generator.choice((generator.randrange(1, 64), generator.randrange(1, 600)))
         host, device = on_both(settings, make_inputs(num_tokens, num_experts, settings, generator))
         device.enqueue()

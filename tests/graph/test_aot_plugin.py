@@ -66,6 +66,17 @@ KERNELS = {
         "SM90",
         "request_ids",
     ),
+    "deepseek-v4": kernel(
+        RouterSpec(256, 6, "sqrt_softplus_bias", routed_scaling_factor=1.5),
+        XShareConfig(coverage=0.95),
+        "BF16",
+        40,
+        "SM90",
+        "correction_bias",
+    ),
+    "ernie": kernel(
+        RouterSpec(64, 6, "softmax_bias_renorm"), XShareConfig(24), "FLOAT", 33, "SM80", "correction_bias"
+    ),
     "off": kernel(RouterSpec(97, 5, "softmax"), XShareConfig(97), "FLOAT", 16, "SM90"),
     "largest": kernel(
         RouterSpec(512, 16, "sigmoid_bias", routed_scaling_factor=0.1),

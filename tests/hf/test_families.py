@@ -67,6 +67,33 @@ def test_off_is_bit_equal_and_a_budget_is_kept(model_type):
                 assert layer.experts_after < layer.experts_before
 
 
+def test_images_go_to_experts_of_their_own():
+    """A prompt of which only a part is text; decoding is text, and routed."""
+    model_type = "ernie4_5_vl_moe_text"
+    images = torch.tensor([[0, 1, 1, 0]]).repeat(BATCH, 1)
+    with torch.inference_mode():
+        model = tiny_model(model_type)
+        own = model(input_ids=tokens(), moe_mm_token_type_ids=images)[0]
+        spec = RouterSpec.from_hf_config(model.config)
+        with attach(model, XShareConfig(spec.top_k + 1)) as attached:
+            output = model(input_ids=tokens(), moe_mm_token_type_ids=images, use_cache=True)
+            model(input_ids=tokens(1), cache=output.cache)
+        assert torch.equal(output[0], own)
+        assert all(layer.experts_after < layer.experts_before for layer in attached.stats)
+        shared = attach(model, XShareConfig(spec.top_k + 1), prefill="shared")
+        with shared, pytest.raises(RuntimeError, match="gives logits, weights and ids of shapes"):
+            model(input_ids=tokens(), moe_mm_token_type_ids=images)
+
+
+def test_layers_that_choose_by_token_ids_keep_their_choice():
+    with torch.inference_mode():
+        model = tiny_model("deepseek_v4")
+        with attach(model, XShareConfig(TOP_K + 1)) as attached:
+            decode(model)
+        kinds = model.config.mlp_layer_types
+        assert len(attached.stats) == kinds.count("moe") < len(kinds)
+
+
 @pytest.mark.parametrize("model_type", sorted(WRAPPERS))
 def test_a_multimodal_model_is_entered(model_type):
     with torch.inference_mode():
@@ -94,7 +121,7 @@ def test_the_page_of_families_is_as_the_code():
         scoring, from_config, attached, predicted, *_ = table[model_type]
         if family.scoring in SCORINGS:
             assert scoring.split(",")[0] == f"`{family.scoring}`"
-        assert scoring.endswith(", groups") == (family.grouped == "by fields")
+        assert scoring.endswith(", groups") == (family.grouped in ("by fields", "by best two"))
         assert from_config == "yes"
         assert attached == ("yes" if model_type in KINDS else "no")
         assert predicted == ("yes" if model_type in PREDICTED else "no")

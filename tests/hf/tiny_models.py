@@ -41,6 +41,7 @@ SMALL = {
     "moe_num_experts": EXPERTS,
     "num_experts_per_tok": TOP_K,
     "num_experts_per_token": TOP_K,
+    "moe_k": TOP_K,
     "moe_topk": TOP_K,
     "top_k_experts": TOP_K,
     "n_shared_experts": 1,
@@ -103,8 +104,20 @@ MORE: dict[str, dict[str, object]] = {
     "deepseek_v2": LATENT | {"norm_topk_prob": False},
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2},
     "deepseek_v32": LATENT | {"n_group": 4, "topk_group": 2},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "hc_mult": 2,
+    },
     "diffusion_gemma_text": {"global_head_dim": 8},
     "dots3_note_text": LATENT,
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [16, 8],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
     "flint": {"mlp_only_layers": [0]},
     "gemma4_text": {
         "enable_moe_block": True,
@@ -133,13 +146,14 @@ MORE: dict[str, dict[str, object]] = {
     "inkling2_loop_text": SLIDING,
     "inkling2_text": SLIDING,
     "jetmoe": {"kv_channels": 8},
+    "kolibri1": {"norm_topk_prob": False, "num_experts": EXPERTS},
     "kimi_linear": LATENT
     | HYBRID
     | {"num_experts": EXPERTS, "num_experts_per_token": TOP_K, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mellum": {"num_experts": EXPERTS},
-    "mistral4": LATENT,
-    "mistral_large4_text": LATENT,
+    "mistral4": LATENT | {"n_group": 4, "topk_group": 2},
+    "mistral_large4_text": LATENT | {"n_group": 4, "topk_group": 2},
     "muse_spark_text": {"moe_hidden_size": 32},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
@@ -188,7 +202,7 @@ def model_class(config):
             return mapping[type(config)]
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
-    (found,) = [
+    found, *_older_names = [
         c
         for c in classes
         if c.__dict__.get("config_class") is type(config)
@@ -217,6 +231,7 @@ def tiny_model(model_type, dtype=torch.float32):
 
 ROUTERS = ("gate", "router")
 WRAPPERS = {
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
     "gemma4": "gemma4_text",
     "kimi_k25": "deepseek_v3",
     "llava": "mixtral",

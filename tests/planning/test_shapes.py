@@ -59,6 +59,49 @@ def test_hunyuan_has_lists_and_a_shared_expert():
     assert shape.shared_parameters == shape.expert_parameters
 
 
+def test_ernie_and_kolibri_say_their_layers_in_their_own_way():
+    ernie = {
+        "model_type": "ernie4_5_moe",
+        "vocab_size": 103424,
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 1536,
+        "moe_k": 6,
+        "moe_num_experts": 64,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+        "torch_dtype": "bfloat16",
+    }
+    shape = ModelShape.from_hf_config(ernie)
+    assert (shape.moe_layers, shape.dense_layers) == (27, 1)
+    assert shape.shared_parameters == 2 * shape.expert_parameters
+    assert 21e9 < shape.total_parameters < 22.5e9  # ERNIE-4.5-21B-A3B
+    every_other = ernie | {"moe_layer_interval": 2, "moe_layer_end_index": 20}
+    assert ModelShape.from_hf_config(every_other).moe_layers == 10  # 1, 3, ..., 19
+    kolibri = {
+        "model_type": "kolibri1",
+        "vocab_size": 128000,
+        "hidden_size": 2560,
+        "num_hidden_layers": 50,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "sliding_window": 513,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 384,
+        "num_experts_per_tok": 6,
+        "torch_dtype": "bfloat16",
+    }
+    shape = ModelShape.from_hf_config(kolibri)
+    assert (shape.moe_layers, shape.dense_layers, shape.windowed_layers, shape.window) == (50, 0, 40, 513)
+
+
 def test_families_whose_layers_are_not_described_are_refused():
     assert "qwen3_moe" in PREDICTED and "qwen3_next" not in PREDICTED
     config = QWEN | {"model_type": "qwen3_next"}

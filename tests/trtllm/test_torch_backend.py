@@ -67,6 +67,10 @@ METHODS: dict[str, tuple[Callable[[Any], Any], RouterSpec]] = {
         lambda r: r.MiniMaxM2MoeRoutingMethod(TOP_K, EXPERTS, lambda: BIAS),
         RouterSpec(EXPERTS, TOP_K, "sigmoid_bias"),
     ),
+    "Llama4Renormalize": (
+        lambda r: r.Llama4RenormalizeMoeRoutingMethod(TOP_K),
+        RouterSpec(EXPERTS, TOP_K, "topk_sigmoid"),
+    ),
 }
 
 
@@ -136,7 +140,6 @@ def test_contract_is_the_wrapped_method_in_all_else(name: str, trtllm: Any) -> N
 @pytest.mark.parametrize(
     ("make", "why"),
     (
-        (lambda r: r.Llama4RenormalizeMoeRoutingMethod(1), "Llama4.*: not supported, it weighs by sigmoids"),
         (lambda r: r.SparseMixerMoeRoutingMethod(2, 0.1), "SparseMixer.*: not supported, it chooses one"),
         (lambda r: r.BaseMoeRoutingMethod(), "BaseMoeRoutingMethod: not supported, it is not known"),
         (lambda r: type("DeepSeekV3MoeRoutingMethod", (), {"top_k": 4})(), "does not say its groups"),
@@ -597,10 +600,10 @@ def test_contract_metadata_of_a_vision_tower_is_none_of_ours(trtllm: Any) -> Non
 
 
 def test_contract_refusals_change_nothing(trtllm: Any) -> None:
-    bad = cutlass(trtllm, routing_method=trtllm.routing.Llama4RenormalizeMoeRoutingMethod(1))
+    bad = cutlass(trtllm, routing_method=trtllm.routing.SparseMixerMoeRoutingMethod(2, 0.1))
     model = engine_of(trtllm, cutlass(trtllm), bad).model
     before = [(name, id(value)) for name, value in state(model)]
-    with pytest.raises(ValueError, match="MoE layer 1: Llama4RenormalizeMoeRoutingMethod: not supported"):
+    with pytest.raises(ValueError, match="MoE layer 1: SparseMixerMoeRoutingMethod: not supported"):
         enable(model, SMALL)
     with pytest.raises(ValueError, match=r"MoE layer 0: XShareConfig\(budget=3\): budget must be at least"):
         enable(model, XShareConfig(3))

@@ -119,9 +119,9 @@ class _Router:
             return output
         this_pass.calls += 1
         own = self.kind.read(self.module, args, output)
-        self._check(own, this_pass)
-        if this_pass.steps is None:
+        if this_pass.steps is None:  # where text and images go to other experts, not all rows come here
             return output
+        self._check(own, this_pass)
         bias = self.kind.bias(self.module, args)
         parts = this_pass.split(own)
         chosen = [

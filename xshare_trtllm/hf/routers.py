@@ -70,6 +70,40 @@ class _Lfm2Moe(_BiasIsPassed):
         return choice.weights * (total / (total + 1e-6))
 
 
+class _Ernie(RouterKind):
+    """Divides by the sum of the scores, or by a least value."""
+
+    def bias(self, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+        bias: Tensor = module.moe_statics.e_score_correction_bias
+        return bias.flatten()
+
+    def weights(self, module: Any, choice: Choice) -> Tensor:
+        scores = choice.logits.float().softmax(dim=1).gather(1, choice.ids)
+        total = torch.where(choice.weights != 0, scores, 0).sum(dim=-1, keepdim=True)
+        return choice.weights * (total / total.clamp(min=module.norm_min))
+
+
+class _ErnieVL(_Ernie):
+    """Text and images have experts of their own; the text's are routed, which decoding uses."""
+
+    def find(self, model: nn.Module) -> list[nn.Module]:
+        blocks: list[Any] = super().find(model)
+        return [block.text_moe.gate for block in blocks]
+
+
+class _Llama4(RouterKind):
+    """Returns a row of all experts' weights, 0 for those not chosen, and the logits."""
+
+    def read(self, module: Any, args: tuple[Any, ...], output: Any) -> Choice:
+        weights, logits = self._unpack(output, 2)
+        ids = logits.topk(module.top_k, dim=1).indices
+        return Choice(logits, weights.gather(1, ids), ids)
+
+    def write(self, module: nn.Module, output: Any, weights: Tensor, ids: Tensor) -> Any:
+        rows = torch.zeros_like(output[0])
+        return rows.scatter_add(1, ids, weights.to(rows.dtype)), output[1]
+
+
 class _Gemma(RouterKind):
     """Returns probabilities in place of logits, and scales each expert's weight."""
 
@@ -125,9 +159,12 @@ KINDS: dict[str, RouterKind] = {
     "deepseek_v2": RouterKind("DeepseekV2TopkRouter"),
     "deepseek_v3": RouterKind("DeepseekV3TopkRouter"),
     "deepseek_v32": RouterKind("DeepseekV32TopkRouter"),
+    "deepseek_v4": RouterKind("DeepseekV4TopKRouter"),
     "diffusion_gemma_text": _Gemma("DiffusionGemmaTextRouter"),
     "dots1": RouterKind("Dots1TopkRouter"),
     "dots3_note_text": RouterKind("Dots3NoteTextTopkRouter"),
+    "ernie4_5_moe": _Ernie("Ernie4_5_MoeTopKRouter"),
+    "ernie4_5_vl_moe_text": _ErnieVL("Ernie4_5_VLMoeMoeBlock"),
     "exaone_moe": RouterKind("ExaoneMoeTopkRouter"),
     "flex_olmo": RouterKind("FlexOlmoTopKRouter"),
     "flint": RouterKind("FlintTopKRouter"),
@@ -153,8 +190,10 @@ KINDS: dict[str, RouterKind] = {
     "kimi_k2": RouterKind("DeepseekV3TopkRouter"),
     "kimi_linear": RouterKind("KimiLinearTopkRouter"),
     "laguna": RouterKind("LagunaTopKRouter", scales=False),
+    "kolibri1": RouterKind("Kolibri1TopKRouter"),
     "lara_mini": RouterKind("LaraMiniTopKRouter"),
     "lfm2_moe": _Lfm2Moe("Lfm2MoeTopKRouter"),
+    "llama4_text": _Llama4("Llama4Router"),
     "mellum": RouterKind("MellumTopKRouter"),
     "mimo_v2_flash": RouterKind("MiMoV2FlashTopkRouter"),
     "minimax": RouterKind("MiniMaxTopKRouter"),

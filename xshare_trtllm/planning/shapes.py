@@ -23,8 +23,10 @@ _OTHER_SHAPES = {
     "cohere2_moe": "its first layers have MLPs of a width of their own",
     "dbrx": "its layers are not described by the fields that are read here",
     "deepseek_v32": _SPARSE,
+    "deepseek_v4": _SPARSE,
     "diffusion_gemma_text": "its layers have a dense MLP beside the experts",
     "dots3_note_text": _SPARSE,
+    "ernie4_5_vl_moe_text": "it has experts of another width for images",
     "gemma4_text": "its layers have a dense MLP beside the experts",
     "glm5_next_text": _NO_ATTENTION,
     "glm_moe_dsa": _SPARSE,
@@ -38,6 +40,7 @@ _OTHER_SHAPES = {
     "kimi_linear": _NO_ATTENTION,
     "laguna": _WINDOWS,
     "lfm2_moe": _NO_ATTENTION,
+    "llama4_text": "most of its layers attend to chunks",
     "mimo_v2_flash": _WINDOWS,
     "minimax": _NO_ATTENTION,
     "minimax_m3_vl_text": _SPARSE,
@@ -171,6 +174,10 @@ def _moe_layers(config: Config, layers: int) -> int:
     if kinds:
         return sum(kind == "sparse" for kind in kinds[:layers])
     first = config.get("first_k_dense_replace") or config.get("num_dense_layers") or 0
+    if config["model_type"] == "ernie4_5_moe":
+        last, every = config.get("moe_layer_end_index", -1), config.get("moe_layer_interval") or 1
+        here = range(config.get("moe_layer_start_index", 1), (layers - 1 if last == -1 else last) + 1)
+        return sum((layer + 1) % every == 0 for layer in here)
     frequency = config.get("moe_layer_freq") or 1
     if isinstance(frequency, list):  # per layer, 1 = experts
         return sum(map(bool, frequency[:layers]))
@@ -187,7 +194,7 @@ def _shared_width(config: Config, expert_width: int) -> int:
             return _need(config, name)
     if config["model_type"] == "granitemoeshared":
         return _need(config, "shared_intermediate_size")
-    for name in ("n_shared_experts", "num_shared_experts", "num_shared_expert"):
+    for name in ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"):
         if config.get(name):
             return int(_one(config[name])) * expert_width
     return 0
@@ -214,7 +221,8 @@ def _windowed_layers(config: Config, layers: int) -> int:
     kinds = config.get("layer_types")
     if kinds:
         return sum(kind == "sliding_attention" for kind in kinds)
-    return layers // 2 if config["model_type"] == "gpt_oss" else 0  # its default: every other layer
+    defaults = {"gpt_oss": layers // 2, "kolibri1": layers - layers // 5}  # all but every fifth
+    return defaults.get(config["model_type"], 0)
 
 
 def shape(name: str) -> ModelShape:

@@ -10,7 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from xshare_trtllm.config import RouterSpec
+from xshare_trtllm.config import RULES, RouterSpec
 
 # ---- Routing methods ---------------------------------------------------------------------------------------
 
@@ -25,17 +25,17 @@ SCORING = {
     "MiniMaxM2MoeRoutingMethod": "sigmoid_bias",
     "MiniMaxM3MoeRoutingMethod": "sigmoid_bias",
     "SigmoidRenormMoeRoutingMethod": "sigmoid_bias",
+    "Llama4RenormalizeMoeRoutingMethod": "topk_sigmoid",
+    "SqrtSoftplusMoeRoutingMethod": "sqrt_softplus_bias",
 }
 REFUSED_METHODS = {
-    "Llama4RenormalizeMoeRoutingMethod": "it weighs by sigmoids of the logits",
     "SparseMixerMoeRoutingMethod": "it chooses one expert after the other, each with a softmax of its own",
-    "SqrtSoftplusMoeRoutingMethod": "it scores by the square root of a softplus",
-    "DeepSeekV4MoeRoutingMethod": "it scores by the square root of a softplus, or looks tokens up in a table",
+    "DeepSeekV4MoeRoutingMethod": "in some layers it looks tokens up in a table",
     "StaticMoeRoutingMethod": "its choice is fixed beforehand",
     "LoadBalancedMoeRoutingMethod": "it deals the experts out in turn",
 }
-# Of those that rank by a sigmoid, the one without a bias.
-_WITHOUT_BIAS = "SigmoidRenormMoeRoutingMethod"
+# Of those whose scoring may have a bias, the ones without.
+_WITHOUT_BIAS = ("SigmoidRenormMoeRoutingMethod", "Llama4RenormalizeMoeRoutingMethod")
 RENORMALIZING = ("RenormalizeMoeRoutingMethod", "RenormalizeNaiveMoeRoutingMethod")
 
 
@@ -82,7 +82,7 @@ def router_spec(routing_method: Any, num_experts: int) -> RouterSpec:
 def has_bias(routing_method: Any) -> bool:
     """Whether the method adds an `e_score_correction_bias` to what it ranks by."""
     name = type(routing_method).__name__
-    return SCORING.get(name) == "sigmoid_bias" and name != _WITHOUT_BIAS
+    return name in SCORING and RULES[SCORING[name]].has_bias and name not in _WITHOUT_BIAS
 
 
 # ---- Back ends of the MoE layer ----------------------------------------------------------------------------

@@ -199,6 +199,10 @@ class Llama4RenormalizeMoeRoutingMethod(BaseMoeRoutingMethod):
         super().__init__()
         self.top_k, self.output_dtype = top_k, output_dtype
 
+    def apply(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        best, ids = router_logits.topk(self.top_k)
+        return ids.to(torch.int32), best.float().sigmoid().to(self.output_dtype)
+
 
 class SparseMixerMoeRoutingMethod(BaseMoeRoutingMethod):
     def __init__(self, top_k: int, eps: float) -> None:
