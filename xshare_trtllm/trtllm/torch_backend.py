@@ -229,11 +229,7 @@ class Enabled:
         _watch.start()  # before anything is patched: this version may not have what it needs
         for enabled in self._layers:
             enabled.install()
-        self.dial = (
-            Dial([layer.routing for layer in self._layers], self._device)
-            if has_dial and group is None
-            else None
-        )
+        self.dial = Dial([layer.routing for layer in self._layers], self._device) if has_dial else None
         self.counters = self._count()
         self._is_enabled = True
         release = getattr(engine, "_release_cuda_graphs", None)

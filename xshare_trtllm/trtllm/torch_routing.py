@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xshare_trtllm import ops
 from xshare_trtllm.config import XShareConfig
-from xshare_trtllm.routing import mask_logits, route
+from xshare_trtllm.routing import Routing, mask_logits, route
 from xshare_trtllm.trtllm.torch_rows import rows_of_this_step
 from xshare_trtllm.trtllm.torch_support import has_bias, router_spec
 
@@ -49,20 +49,15 @@ class LayerRouting:
     def route(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids int32 [T, k] and weights fp32 [T, k] of the next T rows."""
         arguments = self._arguments(router_logits)
-        if self.dial is not None:
-            ids, weights, _, stats = ops.route(
-                router_logits, self.spec, self.config, **arguments, dial=self.dial
-            )
-            self._count(stats)
-            return ids, weights
-        if self.group is None:
-            routing = route(router_logits, self.spec, self.config, **arguments)
-        else:
+        if self.group is not None:
             from xshare_trtllm import distributed
 
-            routing = distributed.route(
-                router_logits, self.spec, self.config, group=self.group, whole_batch_stats=False, **arguments
-            )
+            outside = {"group": self.group, "dial": self.dial, "whole_batch_stats": False}
+            routing = distributed.route(router_logits, self.spec, self.config, **arguments, **outside)
+        elif self.dial is None:
+            routing = route(router_logits, self.spec, self.config, **arguments)
+        else:
+            routing = Routing(*ops.route(router_logits, self.spec, self.config, **arguments, dial=self.dial))
         self._count(routing.raw_stats)
         return routing.expert_ids, routing.expert_weights
 
