@@ -17,7 +17,7 @@ from distributed_cases import Case, assert_same, draw
 from distributed_launch import join_group, launch
 from torch import Tensor
 
-from xshare_trtllm import Routing, RouterSpec, XShareConfig, distributed, ops
+from xshare_trtllm import RouterSpec, Routing, XShareConfig, distributed, ops
 from xshare_trtllm import route as single_rank_route
 from xshare_trtllm.config import MODES
 

@@ -39,9 +39,9 @@ from xshare_trtllm.routing import Routing, check_layer, check_shapes, check_valu
 Group = dist.ProcessGroup
 
 # What ranks add up, int64: a table of 5 by MAX_EXPERTS (`_Totals`), the first rank's dial (the others add
-# zeros to its bits), then the number of real rows and of ranks that failed, the sum of the ranks' fingerprints
-# and that of their squares. 20 KiB whatever the router, so that ranks that disagree still understand each
-# other.
+# zeros to its bits), then the number of real rows and of ranks that failed, the sum of the ranks'
+# fingerprints and that of their squares. 20 KiB whatever the router, so that ranks that disagree still
+# understand each other.
 _TABLE = 5, MAX_EXPERTS
 _TABLE_WORDS = math.prod(_TABLE)
 _DIAL = slice(_TABLE_WORDS, _TABLE_WORDS + DIAL_BYTES // 8)
@@ -71,9 +71,9 @@ def route(
     request_ids        [T] int; a request lives on one rank: equal ids on two ranks are two requests
     correction_bias    [E] float, expert_gpu [E] int: the same on every rank
     group              the ranks; None = all of them
-    dial               uint8 [16] as for `xshare_trtllm.ops.route`, on all ranks or on none. The first rank's is
-                       the one that counts: it travels with the sums, so that all ranks route a step by the
-                       same values whenever each of them is written
+    dial               uint8 [16] as for `xshare_trtllm.ops.route`, on all ranks or on none. The first rank's
+                       counts: it travels with the sums, so that all ranks route a step by the same values,
+                       whenever each of them is written
     whole_batch_stats  False saves a second all-reduce, of E numbers after the routing is decided:
                        `experts_after` and `peak_gpu_after` then count `S`, which some rank's rows may not use
                        in full
@@ -147,7 +147,8 @@ def _check_dial(dial: Tensor | None, device: torch.device) -> None:
         return
     if dial.dtype is not torch.uint8 or dial.shape != (DIAL_BYTES,) or dial.device != device:
         raise ValueError(
-            f"dial: must be uint8 [{DIAL_BYTES}] on {device}, got {dial.dtype} {list(dial.shape)} on {dial.device}"
+            f"dial: must be uint8 [{DIAL_BYTES}] on {device}, "
+            f"got {dial.dtype} {list(dial.shape)} on {dial.device}"
         )
 
 

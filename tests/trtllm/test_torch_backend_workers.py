@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from torch_backend_dial_rank import SETTINGS, rows_of
 
 from xshare_trtllm import RouterSpec, XShareConfig, route
