@@ -174,14 +174,10 @@ def test_a_dial_is_the_first_ranks_on_every_rank(world: int, tmp_path: Path) -> 
 
 def race(rank: int, world: int, folder: str) -> list[list[int]]:
     """The sets and statistics of many steps while a thread turns this rank's dial as fast as it can."""
-    group, dial, rng = (
-        join_group(rank, world, folder),
-        as_dial(ops.pack_dial(CONFIG, "on")),
-        random.Random(rank),
-    )
-    dials = [
-        as_dial(ops.pack_dial(XShareConfig(m, coverage=c), "on")) for m in (2, 4, 16) for c in (0.3, 0.9)
-    ]
+    group, rng = join_group(rank, world, folder), random.Random(rank)
+    configs = [XShareConfig(budget, coverage=share) for budget in (2, 4, 16) for share in (0.3, 0.9)]
+    dials = [as_dial(ops.pack_dial(config, "on")) for config in configs]
+    dial = dials[0].clone()
     stop = threading.Event()
 
     def turn() -> None:

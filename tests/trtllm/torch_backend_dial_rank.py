@@ -1,5 +1,5 @@
-"""RANK FOLDER: one of two ranks under attention data parallelism, against the stand-in, with the dial of a server
-that follows its file. Writes what every step gave and counted."""
+"""RANK FOLDER: one of two ranks under attention data parallelism, against the stand-in, with the dial of a
+server that follows its file. Writes what every step gave and counted."""
 
 from __future__ import annotations
 

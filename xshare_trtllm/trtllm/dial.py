@@ -131,9 +131,9 @@ class DialWatch:
         self.setting = Setting.from_dict(proposal["setting"])
         self.generation = proposal["generation"]
         self._dial.turn(self.setting)
-        since = (
-            "with the first rank of its group" if self._dial.travels else f"from step {self.step_number} on"
-        )
+        since = f"from step {self.step_number} on"
+        if self._dial.travels:
+            since = "with the first rank of its group"
         self._say(f"XShare: rank {self._rank} {since}: {self.setting.to_dict()}")
 
     def _is_due(self, at_step: int) -> bool:
