@@ -109,7 +109,11 @@ BACKENDS: dict[str, Kind] = {
     "TrtllmGenFusedMoEBase": "trtllm_gen",
     "TritonFusedMoE": "triton",
 }
-REFUSED_BACKENDS = {"DenseGEMMFusedMoE": "it computes every expert anyway"}
+REFUSED_BACKENDS = {
+    "DenseGEMMFusedMoE": "it computes every expert anyway",
+    # modeling_llama_min_latency.py at 025b36c315: CUTLASS, but for 8 rows and fewer
+    "Llama4MinLatencyFusedMoE": "it routes few rows in a kernel of its own",
+}
 # `descriptor.identity` of a leaf class: a kernel's name decides before the technique.
 _KERNELS: dict[str, Kind] = {"mega_moe": "scheduled", "vanilla": "applies"}
 _TECHNIQUES: dict[str, Kind] = {

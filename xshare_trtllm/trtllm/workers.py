@@ -32,9 +32,20 @@ def use(config_path: str | Path) -> None:
     """
     path = Path(config_path).resolve()
     _read_setting(path)
+    _check_started_ranks(path)
     startup.check_hook()
     os.environ[startup.VARIABLE] = str(path)
     startup.install()
+
+
+def _check_started_ranks(path: Path) -> None:
+    """trtllm-llmapi-launch has started the ranks before this process, with the variables of its own start."""
+    if "TLLM_SPAWN_PROXY_PROCESS" not in os.environ or os.environ.get(startup.VARIABLE) == str(path):
+        return
+    raise RuntimeError(
+        f"XShare would not get into the ranks that trtllm-llmapi-launch has started already: export "
+        f"{startup.VARIABLE}={path} before mpirun or srun starts it, on every host"
+    )
 
 
 def run_console_script(arguments: list[str]) -> None:
