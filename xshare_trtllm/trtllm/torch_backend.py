@@ -231,6 +231,7 @@ class Enabled:
         if self._device.type == "cuda" and not ops.cuda_available():
             raise RuntimeError(f"XShare: libxshare_cuda.so {ops.HOW_TO_BUILD_CUDA}")
         self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
+        _check_compiled(first)
         group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
         self._layers: list[_EnabledLayer] = [
             _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group, has_dial)
@@ -302,6 +303,17 @@ def _find_model(llm_or_model: Any) -> tuple[Any, nn.Module]:
         f"enable({type(llm_or_model).__name__}): its model is not in this process; call use(config_path) "
         "before the LLM is made"
     )
+
+
+def _check_compiled(moe: nn.Module) -> None:
+    """Refuses torch.compile where a MoE layer is not one operator (interface.py at 567239fcd4) that it does
+    not look into: it would take the rows of the step that it traces for those of every step."""
+    is_compiling = getattr(import_module("tensorrt_llm._torch.utils"), "is_torch_compiling", bool)
+    if is_compiling() and not getattr(moe, "register_to_config", False):
+        raise ValueError(
+            "torch.compile looks into the MoE layers of this version of TensorRT-LLM: not supported, leave "
+            "torch_compile_config out"
+        )
 
 
 def _check_budgets(config: XShareConfig, num_layers: int, mapping: Any) -> None:

@@ -1,6 +1,7 @@
 """MoE modules: who calls `routing_method.apply`, and when, in tensorrt_llm/_torch/modules/fused_moe/.
 
-- interface.py at 00a3c47dbb (1.0.0rc): `MoE.forward`; at 567239fcd4 (after): `forward` calls `forward_impl`.
+- interface.py at 00a3c47dbb (1.0.0rc): `MoE.forward`; at 567239fcd4 (after): `forward` calls `forward_impl`,
+  under torch.compile through an operator that finds the layer by its number.
 - fused_moe_cutlass.py at 000a01de66 (1.0.0rc4): `forward` splits the step into chunks, each applies; even
   ones on another stream (here: `where`), which is waited for at the end.
 - fused_moe_triton.py at 00131d71bc: the quantisation method routes from the logits.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrt_llm._torch.modules.fused_moe.routing import DeepSeekV3MoeRoutingMethod
-from tensorrt_llm._torch.utils import SINGLE
+from tensorrt_llm._torch.utils import SINGLE, get_model_extra_attrs, is_torch_compiling
 
 
 class MoE(nn.Module):
@@ -91,7 +92,39 @@ class CutlassFusedMoE(MoE):
         return self.run_chunks(x, router_logits)
 
 
+@torch.library.custom_op("trtllm::moe_custom_op", mutates_args=())
+def moe_custom_op(
+    layer_idx: str,
+    x: Tensor,
+    router_logits: Tensor,
+    do_finalize: bool,
+    output_dtype: torch.dtype | None,
+    all_rank_num_tokens: list[int] | None,
+    use_dp_padding: bool | None,
+) -> list[Tensor]:
+    attributes = get_model_extra_attrs()
+    assert attributes is not None
+    output: Tensor = attributes["moe_layers"][layer_idx]().forward_impl(
+        x,
+        router_logits,
+        do_finalize=do_finalize,
+        output_dtype=output_dtype,
+        all_rank_num_tokens=all_rank_num_tokens,
+        use_dp_padding=use_dp_padding,
+    )
+    return [output]
+
+
+@moe_custom_op.register_fake
+def _(layer_idx: str, x: Tensor, *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
+
+
 class _WithImpl(MoE):
+    @property
+    def register_to_config(self) -> bool:
+        return self.layer_idx is not None
+
     def forward(
         self,
         x: Tensor,
@@ -101,6 +134,10 @@ class _WithImpl(MoE):
         all_rank_num_tokens: list[int] | None = None,
         use_dp_padding: bool | None = None,
     ) -> Tensor:
+        if self.register_to_config and is_torch_compiling():
+            options = (do_finalize, output_dtype, all_rank_num_tokens, use_dp_padding)
+            compiled: Tensor = moe_custom_op(str(self.layer_idx), x, router_logits, *options)[0]
+            return compiled
         return self.forward_impl(
             x,
             router_logits,
