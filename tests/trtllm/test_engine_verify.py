@@ -54,21 +54,31 @@ def test_contract_ends_with_a_table_to_paste(tmp_path: Path) -> None:
     python.write_text(
         """#!/bin/bash
 case $1 in
-    -c) exit 0 ;;
+    -c) [[ $2 != *"sys.exit((int(major)"* ]] ;; # of a version without engines
     -) echo "xshare-trtllm 0.1.0, tensorrt_llm 1.2.1, torch 2.9.1, transformers 4.57.3 on NVIDIA H100" ;;
     *)
         echo "noise"
-        [[ $2 == torch_fewer_experts && $3 == mixtral ]] && echo "AssertionError: no" && exit 1
-        echo "fine | so far" ;;
+        if [[ $2 == torch_fewer_experts && $3 == mixtral ]]; then
+            echo "AssertionError: no"
+            echo "[TRT-LLM] at exit"
+            exit 1
+        fi
+        [[ $2 == torch_dial && $3 == mixtral ]] && exec sleep 20
+        echo "RESULT: fine | so far"
+        echo "[TRT-LLM] at exit" ;;
 esac
 """
     )
     python.chmod(0o755)
-    done = run("pytorch", str(tmp_path / "out"), PYTHON=str(python))
+    done = run("all", str(tmp_path / "out"), PYTHON=str(python), XSHARE_VERIFY_SECONDS="2")
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     head = lines.index("| model | step | result | what |")
     assert lines[head - 2].startswith("xshare-trtllm 0.1.0, tensorrt_llm 1.2.1")
     rows = [line for line in lines[head + 2 :] if line.startswith("|")]
-    assert len(rows) == 12 and sum("| PASS | fine / so far |" in row for row in rows) == 11
+    assert len(rows) == 1 + 14 and sum("| PASS | fine / so far |" in row for row in rows) == 12
+    assert "| all | engine | SKIP | engines end with TensorRT-LLM 1.2 |" in rows
     assert "| mixtral | torch_fewer_experts | FAIL (1) | AssertionError: no |" in rows
+    assert "| mixtral | torch_dial | FAIL (124) | TimeoutError: more than 2 s |" in rows
+    refused = run("engine", str(tmp_path / "out"), PYTHON=str(python))
+    assert refused.returncode == 2 and "engines end with 1.2" in refused.stderr
