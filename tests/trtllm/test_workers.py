@@ -12,11 +12,12 @@ import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from xshare_trtllm.trtllm import run_folder, startup
+from xshare_trtllm.trtllm import run_folder, startup, workers
 from xshare_trtllm.trtllm.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -229,6 +230,30 @@ def test_contract_workers_that_die_or_are_mute_stop_the_server(
     assert said.startswith("STOPPED XShare: ranks 1, 2 of 3 did not acknowledge within 6 s: pid "), said
     assert "ended before its model was loaded, see its log; the server is stopped" in said
     assert "shutdown" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    (
+        ({"backend": "_autodeploy"}, "backend=_autodeploy is not supported, it is in the PyTorch backend"),
+        (
+            {"ray_placement_config": SimpleNamespace(defer_workers_init=True)},
+            "defer_workers_init is not supp",
+        ),
+    ),
+)
+def test_contract_what_would_never_acknowledge_is_refused_at_once(
+    arguments: dict[str, Any], why: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(engine: Any, llm_args: Any = None, **_: Any) -> Any:
+        raise AssertionError("workers were started")
+
+    executor = SimpleNamespace(create=staticmethod(create))
+    workers.patch_executor(SimpleNamespace(GenerationExecutor=executor))  # type: ignore[arg-type]
+    monkeypatch.setenv("TRTLLM_XSHARE", str(config))
+    with pytest.raises(RuntimeError, match=why):
+        executor.create("engine", llm_args=SimpleNamespace(**arguments))
+    assert not (config.parent / "xshare.run").exists()
 
 
 def test_use_refuses_where_the_hook_is_not(environment: Environment, config: Path) -> None:
