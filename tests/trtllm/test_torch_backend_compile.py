@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_torch_backend import DUMMY, EXPERTS, SMALL, TOP_K, cutlass, engine_of, renormalize, trtllm
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,6 +76,61 @@ def test_contract_a_layer_is_one_operator_of_the_compiled_model(backend: str, tr
         assert torch.equal(enabled.counters, made.raw_stats.expand(2, 8))
     assert compiler.targets.count("trtllm.moe_custom_op.default") == 2
     enabled.disable()
+
+
+class PrefillCompiledModel(nn.Module):
+    """pyexecutor/model_engine.py since pyexecutor/engine/runners/ is there: prefill goes through what was
+    compiled, any other does not, and names do not tell of it."""
+
+    def __init__(self, eager_model: nn.Module, compiled_model: Any) -> None:
+        super().__init__()
+        self.eager_model = eager_model
+        object.__setattr__(self, "compiled_model", compiled_model)
+        self.is_prefill = False
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        yield from self.eager_model.named_modules(memo, prefix, remove_duplicate)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled_model if self.is_prefill else self.eager_model)(*args, **kwargs)
+
+
+class Outer(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, SimpleNamespace(num_hidden_layers=2)
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model(**kwargs)
+
+
+def test_contract_a_model_that_is_compiled_for_prefill_alone(trtllm: Any) -> None:
+    """`is_torch_compiling` is true in a step of prefill alone (engine/model_call.py at 0790edf6d3)."""
+    unit, compiler = trtllm.moe.DeepGemmFusedMoE, Backend()
+    layers = [unit(routing_method=renormalize(trtllm), num_experts=EXPERTS, layer_idx=i) for i in range(2)]
+    eager = trtllm.engine.Model(*layers)
+    both = PrefillCompiledModel(eager, torch.compile(eager, backend=compiler, fullgraph=True))
+    outer = Outer(both)
+    outer.extra_attrs = eager.extra_attrs
+    engine = trtllm.engine.PyTorchModelEngine(model=outer)
+    set_compiling = import_module("tensorrt_llm._torch.utils").set_torch_compiling
+    set_compiling(True)
+    with enable(outer, SMALL) as enabled:
+        assert len(enabled) == 2
+        for is_prefill in (False, True, False, True):
+            both.is_prefill = is_prefill
+            set_compiling(is_prefill)
+            enabled.counters.zero_()
+            logits = torch.randn(6, EXPERTS)
+            output = engine.step(logits, [70, 71, 72, 73], [3, 1, 1, 1], num_contexts=1)
+            ids = torch.tensor([0, 0, 0, 1, 2, 3], dtype=torch.int32)
+            made = route(logits, SPEC, SMALL, request_ids=ids, exempt=torch.arange(6) < 3)
+            wanted = output_of(layers, [(made.expert_ids, made.expert_weights)] * 2)
+            torch.testing.assert_close(output[:, 0], wanted, rtol=1e-6, atol=0)
+            assert torch.equal(enabled.counters, made.raw_stats.expand(2, 8))
+    assert compiler.targets.count("trtllm.moe_custom_op.default") == 2
 
 
 def test_contract_layers_that_torch_compile_looks_into_are_refused(trtllm: Any) -> None:
