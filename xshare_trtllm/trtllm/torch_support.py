@@ -120,6 +120,7 @@ _TECHNIQUES: dict[str, Kind] = {
     "cutlass": "scheduled",
     "cutedsl": "scheduled",
     "cuda_cpp": "scheduled",
+    "cuda": "scheduled",
     "trtllm_gen": "trtllm_gen",
     "triton": "triton",
 }
