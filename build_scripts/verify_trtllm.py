@@ -205,14 +205,14 @@ class Step:
         counts, tokens = {}, {}
         with self._llm() as llm:
             plain = [_generate_llm(llm) for _ in range(3)]
-            enabled = Enabled(llm, XShareConfig(coverage=1.0), has_dial=True)
-            assert enabled.dial is not None
-            for mode in ("shadow", "on", "off"):
-                enabled.dial.turn(Setting(XShareConfig(BUDGET), mode))
-                enabled.counters.zero_()
-                torch.cuda.synchronize()
-                tokens[mode] = _generate_llm(llm)
-                counts[mode] = _counted(enabled)
+            with Enabled(llm, XShareConfig(coverage=1.0), has_dial=True) as enabled:
+                assert enabled.dial is not None
+                for mode in ("shadow", "on", "off"):
+                    enabled.dial.turn(Setting(XShareConfig(BUDGET), mode))
+                    enabled.counters.zero_()
+                    torch.cuda.synchronize()
+                    tokens[mode] = _generate_llm(llm)
+                    counts[mode] = _counted(enabled)
         shadow, on, off = (counts[mode] for mode in ("shadow", "on", "off"))
         assert on["experts_after"] < on["experts_before"], on
         assert shadow["experts_after"] < shadow["experts_before"], shadow

@@ -237,11 +237,11 @@ class Enabled:
             _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group, has_dial)
             for i, (layer, plan) in enumerate(zip(found, self._plans, strict=True))
         ]
+        self.dial = Dial([layer.routing for layer in self._layers], self._device) if has_dial else None
+        self.counters = self._count()
         _watch.start()  # before anything is patched: this version may not have what it needs
         for enabled in self._layers:
             enabled.install()
-        self.dial = Dial([layer.routing for layer in self._layers], self._device) if has_dial else None
-        self.counters = self._count()
         self._is_enabled = True
         release = getattr(engine, "_release_cuda_graphs", None)
         if release is not None:  # what was captured before knows nothing of XShare
