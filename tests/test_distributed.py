@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import assert_same, draw
+from distributed_cases import Case, assert_same, draw
 from distributed_launch import join_group, launch
+from torch import Tensor
 
-from xshare_trtllm import RouterSpec, XShareConfig, distributed
+from xshare_trtllm import RouterSpec, Routing, XShareConfig, distributed, ops
 from xshare_trtllm import route as single_rank_route
+from xshare_trtllm.config import MODES
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -88,9 +94,11 @@ def test_no_host_synchronisation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
     for seed in range(60):
         case = draw(seed, 1)
-        call = distributed._Call(case.spec, case.config, whole_batch_stats=True)
+        call = distributed._Call(case.spec, case.config, whole_batch_stats=True, has_dial=seed % 2 == 1)
         distributed._agreed.setdefault(group, set()).add(call)
         logits, extras = case.of_rank(0)
+        if call.has_dial:
+            extras["dial"] = as_dial(ops.pack_dial(case.config, "on"))
         extras = {name: tensor.to("meta") for name, tensor in extras.items()}
         got = distributed.route(logits.to("meta"), case.spec, case.config, group=group, **extras)
         assert got.raw_stats.is_meta and got.raw_stats.shape == (8,)
@@ -99,6 +107,102 @@ def test_no_host_synchronisation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         distributed.route(logits.to("meta"), case.spec, case.config, group=group, **extras)
     dist.destroy_process_group()
+
+
+# ---- A dial that is turned ---------------------------------------------------------------------------------
+
+
+def draw_dial(rng: random.Random, case: Case) -> tuple[Tensor, XShareConfig, str]:
+    """What a dial holds, at times beyond what a configuration takes, and what it stands for."""
+    top_k, experts = case.spec.top_k, case.spec.num_experts
+    coverage = rng.choice((0.0, 0.5, 0.9, 0.97, 1.0, rng.random(), -1.0, 2.0, math.nan))
+    budget = rng.choice((rng.randint(top_k, experts + 1), experts, -3, 2**31 - 1))
+    mode = rng.choice(("on", "on", "shadow", "off"))
+    raw = ops._DIAL.pack(coverage, budget, MODES.index(mode))
+    right = max(0.0, min(coverage, 1.0)) if coverage == coverage else 0.0
+    values = {"coverage": right or None, "budget": max(budget, top_k)}
+    return as_dial(raw), case.config.model_copy(update=values), mode
+
+
+def as_dial(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def expected_with(case: Case, config: XShareConfig, mode: str) -> Routing:
+    """What one rank with all rows makes of it, without a dial."""
+    if mode == "off":
+        return single_rank_route(case.logits, case.spec, XShareConfig.off(case.spec), **case.batch())
+    wanted = single_rank_route(case.logits, case.spec, config, **case.batch())
+    if mode == "on":
+        return wanted
+    own = single_rank_route(case.logits, case.spec, XShareConfig.off(case.spec), **case.batch())
+    return dataclasses.replace(own, raw_stats=wanted.raw_stats)
+
+
+def turn_at_random(rank: int, world: int, folder: str) -> dict[str, int]:
+    """Every rank turns its dial when it likes; the first rank's is that of the step on all of them."""
+    group, seen = join_group(rank, world, folder), dict.fromkeys(MODES, 0)
+    together, mine = random.Random(SEED), random.Random(rank + 1)
+    case = draw(SEED, world)
+    dial, config, mode = draw_dial(together, case)
+    for seed in range(SEED, SEED + CASES // 2):
+        case = draw(seed, world)
+        turned, config, mode = draw_dial(together, case)
+        dial.copy_(turned if rank == 0 else draw_dial(mine, case)[0])
+        if config.is_off(case.spec):
+            mode = "off"
+        logits, extras = case.of_rank(rank)
+        got = distributed.route(logits, case.spec, case.config, group=group, dial=dial, **extras)
+        wanted = expected_with(case, config, mode)
+        assert_same(got, wanted, case.slice(rank), f"seed {seed}, rank {rank} of {world}, {mode}, {config}")
+        quick = distributed.route(
+            logits, case.spec, case.config, group=group, dial=dial, whole_batch_stats=False, **extras
+        )
+        assert torch.equal(quick.expert_ids, got.expert_ids)
+        assert torch.equal(quick.raw_stats[[0, 2, 3, 4, 5, 7]], got.raw_stats[[0, 2, 3, 4, 5, 7]])
+        seen[mode] += len(case.logits) > 0
+    dist.destroy_process_group()
+    return seen
+
+
+@pytest.mark.skipif(not ops.available(), reason="libxshare.so is not built: pip install -e .")
+@pytest.mark.parametrize("world", (1, 3))
+def test_a_dial_is_the_first_ranks_on_every_rank(world: int, tmp_path: Path) -> None:
+    for seen in launch(world, turn_at_random, world, str(tmp_path)):
+        assert all(count > 0 for count in seen.values()), f"a mode that never came: {seen}"
+
+
+def race(rank: int, world: int, folder: str) -> list[list[int]]:
+    """The sets and statistics of many steps while a thread turns this rank's dial as fast as it can."""
+    group, rng = join_group(rank, world, folder), random.Random(rank)
+    configs = [XShareConfig(budget, coverage=share) for budget in (2, 4, 16) for share in (0.3, 0.9)]
+    dials = [as_dial(ops.pack_dial(config, "on")) for config in configs]
+    dial = dials[0].clone()
+    stop = threading.Event()
+
+    def turn() -> None:
+        while not stop.is_set():
+            dial.copy_(rng.choice(dials))
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    found = []
+    try:
+        for step_number in range(150):
+            generator = torch.Generator().manual_seed(world * step_number + rank)
+            logits = torch.randn(3, SPEC.num_experts, generator=generator)
+            made = distributed.route(logits, SPEC, CONFIG, group=group, dial=dial)
+            found.append([*made.active_experts.nonzero().flatten().tolist(), -1, *made.raw_stats.tolist()])
+    finally:
+        stop.set()
+        thread.join()
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_dial_that_is_turned_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    first, second = launch(2, race, 2, str(tmp_path))
+    assert first == second and len({row.index(-1) for row in first}) > 2
 
 
 # ---- Errors on all ranks, not hangs ------------------------------------------------------------------------
@@ -163,6 +267,12 @@ def fail_and_go_on(rank: int, world: int, folder: str) -> None:
     distributed.__version__ = version
     distributed._call_hash.cache_clear()
     all_raise(lambda: step(group, whole_batch_stats=rank != 1), other("whole_batch_stats", False, True))
+    dial = as_dial(ops.pack_dial(CONFIG, "on"))
+    all_raise(lambda: step(group, dial=dial if rank == 1 else None), other("has_dial", True, False))
+    error = error_of(lambda: step(group, dial=dial[rank == 1 :]))
+    refused = "ValueError: dial: must be uint8 [16] on cpu, got torch.uint8 [15] on cpu"
+    assert error == (refused if rank == 1 else failed)
+    step(group, dial=dial)
     placement = torch.arange(16) // 8
     mine = placement.flip(0) if rank == 1 else placement
     all_raise(

@@ -170,6 +170,8 @@ def test_contract_a_machine_where_both_paths_run(machine: Machine) -> None:
     assert said["MarlinFusedMoE"] == (False, "refused: no scheduler of this version calls apply")
     assert said["GptOssForCausalLM"] == (True, "applies: Renormalize")
     assert said["Llama4ForConditionalGeneration"] == (True, "applies: Llama4Renormalize")
+    for name in ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "ExaoneMoEForCausalLM"):
+        assert said[name] == said["KimiK25ForConditionalGeneration"] == (True, "applies: DeepSeekV3")
     need = ("--need", "trtllm-serve", "--model")
     assert machine.run(*need, "GptOssForCausalLM").returncode == 0
     assert machine.run(*need, "PhiMoEForCausalLM").returncode == 1

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xshare_trtllm import __version__
-from xshare_trtllm.config import MAX_EXPERTS, RouterSpec, XShareConfig
+from xshare_trtllm.config import MAX_EXPERTS, MODES, NO_LIMIT, RouterSpec, XShareConfig
+from xshare_trtllm.ops import DIAL_BYTES
 from xshare_trtllm.reference.route import (
     experts_per_row,
     readable_rows,
@@ -37,10 +38,14 @@ from xshare_trtllm.routing import Routing, check_layer, check_shapes, check_valu
 
 Group = dist.ProcessGroup
 
-# What ranks add up, int64: a table of 5 by MAX_EXPERTS (`_Totals`), then the number of real rows and of ranks
-# that failed, the sum of the ranks' fingerprints and that of their squares. 20 KiB whatever the router, so
-# that ranks that disagree still understand each other.
+# What ranks add up, int64: a table of 5 by MAX_EXPERTS (`_Totals`), the first rank's dial (the others add
+# zeros to its bits), then the number of real rows and of ranks that failed, the sum of the ranks'
+# fingerprints and that of their squares. 20 KiB whatever the router, so that ranks that disagree still
+# understand each other.
 _TABLE = 5, MAX_EXPERTS
+_TABLE_WORDS = math.prod(_TABLE)
+_DIAL = slice(_TABLE_WORDS, _TABLE_WORDS + DIAL_BYTES // 8)
+_NUM_WORDS = _DIAL.stop + 4
 _CARD_BYTES = 1024
 
 
@@ -54,6 +59,7 @@ def route(
     request_ids: Tensor | None = None,
     exempt: Tensor | None = None,
     expert_gpu: Tensor | None = None,
+    dial: Tensor | None = None,
     whole_batch_stats: bool = True,
 ) -> Routing:
     """Routes this rank's rows of a batch that is spread over the ranks of `group`. Every rank calls it.
@@ -65,6 +71,9 @@ def route(
     request_ids        [T] int; a request lives on one rank: equal ids on two ranks are two requests
     correction_bias    [E] float, expert_gpu [E] int: the same on every rank
     group              the ranks; None = all of them
+    dial               uint8 [16] as for `xshare_trtllm.ops.route`, on all ranks or on none. The first rank's
+                       counts: it travels with the sums, so that all ranks route a step by the same values,
+                       whenever each of them is written
     whole_batch_stats  False saves a second all-reduce, of E numbers after the routing is decided:
                        `experts_after` and `peak_gpu_after` then count `S`, which some rank's rows may not use
                        in full
@@ -81,13 +90,16 @@ def route(
     Raises ValueError as `xshare_trtllm.route`, RuntimeError where ranks disagree or one of them failed.
     """
     group = resolve_group(group)
-    words = torch.zeros(math.prod(_TABLE) + 4, dtype=torch.int64, device=router_logits.device)
-    call = _Call(spec, config, whole_batch_stats)
+    words = torch.zeros(_NUM_WORDS, dtype=torch.int64, device=router_logits.device)
+    call = _Call(spec, config, whole_batch_stats, dial is not None)
     problem = rows = None
     try:
         _check_arguments(router_logits, spec, config, correction_bias, request_ids, exempt, expert_gpu)
+        _check_dial(dial, router_logits.device)
         rows = _score(router_logits, spec, correction_bias, request_ids, exempt, expert_gpu)
         _add_rows(words, rows, spec, config, request_ids)
+        if dial is not None and dist.get_rank(group) == 0:
+            words[_DIAL].view(torch.uint8).copy_(dial)
         _add_fingerprint(words, call, rows.gpu)
     except Exception as error:  # the others wait for this rank, so it brings them the news before it raises
         problem = error
@@ -97,24 +109,21 @@ def route(
         raise problem
     assert rows is not None
     _check_words(words, group, call, rows.gpu)
-    totals = _totals(words, spec, config)
-    stands_aside = _stands_aside(totals.real_rows, spec, config)
+    totals, limits = _totals(words, spec, config), _limits(words, spec, config, dial is not None)
+    stands_aside = _stands_aside(totals.real_rows, config, limits)
     gpu = None if expert_gpu is None else rows.gpu
-    active = torch.where(stands_aside, totals.own, _select(totals, gpu, spec.top_k, config))
+    chosen_set = torch.where(stands_aside, totals.own, _select(totals, gpu, spec.top_k, config, limits))
+    active = chosen_set if limits.is_shadow is None else torch.where(limits.is_shadow, totals.own, chosen_set)
+    ids, weights = _refine(rows, active, spec)
 
-    chosen, valid = refine(rows.ranking, active, spec.top_k)
-    weights = weigh(rows.logits, rows.affinity, chosen, valid, spec)
-    served = (rows.real & valid.any(dim=-1))[:, None]
-    chosen = torch.where(served, chosen, _lowest_ids(active, spec.top_k))
-    weights = torch.where(served, weights, 0.0)
-
-    after = active
+    after = chosen_set
     if whole_batch_stats:
-        named = _named(chosen, rows.real, spec.num_experts)
+        would_be = ids if dial is None else _refine(rows, chosen_set, spec)[0]
+        named = _named(would_be, rows.real, spec.num_experts)
         _all_reduce(named, group, "the experts in use")
         after = named > 0
-    stats = _statistics(totals, rows.gpu, config, stands_aside, active, after)
-    return Routing(chosen.to(torch.int32), weights, active, stats)
+    stats = _statistics(totals, rows.gpu, config, limits, stands_aside, chosen_set, after)
+    return Routing(ids.to(torch.int32), weights, active, stats)
 
 
 def _check_arguments(
@@ -131,6 +140,16 @@ def _check_arguments(
     check_layer(spec, config)
     if router_logits.is_cpu:
         check_values(correction_bias, request_ids, expert_gpu)
+
+
+def _check_dial(dial: Tensor | None, device: torch.device) -> None:
+    if dial is None:
+        return
+    if dial.dtype is not torch.uint8 or dial.shape != (DIAL_BYTES,) or dial.device != device:
+        raise ValueError(
+            f"dial: must be uint8 [{DIAL_BYTES}] on {device}, "
+            f"got {dial.dtype} {list(dial.shape)} on {dial.device}"
+        )
 
 
 # ---- One rank's part ---------------------------------------------------------------------------------------
@@ -181,7 +200,7 @@ def _add_rows(
     own = rows.own
     fixed = to_fixed_point(row_utility(rows.logits, rows.affinity, own, spec, config))
     fixed = fixed * participating[:, None]
-    table = words[:-4].view(_TABLE)[:, : spec.num_experts]
+    table = words[:_TABLE_WORDS].view(_TABLE)[:, : spec.num_experts]
     table[0] = fixed.sum(dim=0)
     table[1] = _named(own, rows.real, spec.num_experts)
     table[2] = _named(own[:, : config.warmup], participating, spec.num_experts)
@@ -222,19 +241,41 @@ class _Totals(NamedTuple):
 
 
 def _totals(words: Tensor, spec: RouterSpec, config: XShareConfig) -> _Totals:
-    sums, own, warm, free, proposed = words[:-4].view(_TABLE)[:, : spec.num_experts]
+    sums, own, warm, free, proposed = words[:_TABLE_WORDS].view(_TABLE)[:, : spec.num_experts]
     utility = sums if config.request_budget is None else proposed
     return _Totals(sums, own > 0, warm > 0, free > 0, utility, words[-4])
 
 
-def _stands_aside(num_real_rows: Tensor, spec: RouterSpec, config: XShareConfig) -> Tensor:
+class _Limits(NamedTuple):
+    """What a dial stands in for; with a dial, tensors without a dimension."""
+
+    budget: int | Tensor
+    coverage: float | Tensor | None  # None or 0 = off
+    is_off: bool | Tensor
+    is_shadow: Tensor | None
+
+
+def _limits(words: Tensor, spec: RouterSpec, config: XShareConfig, has_dial: bool) -> _Limits:
+    if not has_dial:
+        return _Limits(config.layer_budget, config.coverage, config.is_off(spec), None)
+    coverage = words[_DIAL][:1].view(torch.float64)[0]
+    budget, mode = words[_DIAL][1:].view(torch.int32)
+    # Whatever it holds is put right, as core/dial.h does.
+    coverage = torch.where(coverage > 0, coverage.clamp(max=1.0), 0.0)
+    budget = budget.clamp(min=spec.top_k)
+    is_off = mode == MODES.index("off")
+    if config.gpu_budget is None and config.request_budget is None:
+        is_off = is_off | ((budget >= spec.num_experts) & (coverage == 0))
+    return _Limits(budget, coverage, is_off, mode == MODES.index("shadow"))
+
+
+def _stands_aside(num_real_rows: Tensor, config: XShareConfig, limits: _Limits) -> Tensor:
     """Stage 0, bool."""
-    if config.max_rows is None:
-        return torch.full_like(num_real_rows, config.is_off(spec), dtype=torch.bool)
-    return (num_real_rows > config.max_rows) | config.is_off(spec)
+    too_many = num_real_rows > (NO_LIMIT if config.max_rows is None else config.max_rows)
+    return too_many | limits.is_off
 
 
-def _select(totals: _Totals, gpu: Tensor | None, top_k: int, config: XShareConfig) -> Tensor:
+def _select(totals: _Totals, gpu: Tensor | None, top_k: int, config: XShareConfig, limits: _Limits) -> Tensor:
     """Stage 4, S [E] bool, as ranks in the walk instead of a walk. gpu [E], None without `expert_gpu`.
 
     Until it stops, the walk takes every expert that its GPU has room for. So whether a GPU has room depends
@@ -245,7 +286,7 @@ def _select(totals: _Totals, gpu: Tensor | None, top_k: int, config: XShareConfi
     counted = totals.warm & ~totals.free
     ids = torch.arange(len(u), device=u.device)
     earlier = (u > u[:, None]) | ((u == u[:, None]) & (ids < ids[:, None]))  # [e, f]: f is walked before e
-    fits, coverage = (u > 0) & ~included, config.coverage
+    fits, coverage = (u > 0) & ~included, limits.coverage
     gpu_budget: int | Tensor | None = config.gpu_budget
     if coverage is not None and gpu is not None and gpu_budget is None:
         gpu_budget, coverage = _gpu_cap(totals, earlier, gpu, top_k, coverage), None
@@ -254,13 +295,13 @@ def _select(totals: _Totals, gpu: Tensor | None, top_k: int, config: XShareConfi
         same_gpu = gpu == gpu[:, None]
         fits = fits & ((same_gpu & (counted | (earlier & fits))).sum(dim=1) < gpu_budget)
     earlier = earlier & fits
-    added = fits & (counted.sum() + earlier.sum(dim=1) < config.layer_budget)
+    added = fits & (counted.sum() + earlier.sum(dim=1) < limits.budget)
     if coverage is not None:
         added = added & ~_is_enough(included | earlier, u, top_k, coverage)
     return included | added
 
 
-def _gpu_cap(totals: _Totals, earlier: Tensor, gpu: Tensor, top_k: int, coverage: float) -> Tensor:
+def _gpu_cap(totals: _Totals, earlier: Tensor, gpu: Tensor, top_k: int, coverage: float | Tensor) -> Tensor:
     """The smallest number of each GPU's most useful experts, beyond the free ones, that is enough: every
     number is tried, [E numbers, E], and those that are not enough are the smaller ones."""
     useful = (totals.utility > 0) & ~totals.free
@@ -271,10 +312,21 @@ def _gpu_cap(totals: _Totals, earlier: Tensor, gpu: Tensor, top_k: int, coverage
     return (~_is_enough(kept, totals.utility, at_least, coverage)).sum()
 
 
-def _is_enough(sets: Tensor, utility: Tensor, at_least: int | Tensor, coverage: float) -> Tensor:
-    """Of sets [n, E] bool: [n] bool, whether they keep the coverage in so many experts or more."""
+def _is_enough(sets: Tensor, utility: Tensor, at_least: int | Tensor, coverage: float | Tensor) -> Tensor:
+    """Of sets [n, E] bool: [n] bool, whether they keep the coverage in so many experts or more. Without a
+    coverage nothing is enough."""
     kept, total = (utility * sets).sum(dim=1), utility.sum()
-    return (sets.sum(dim=1) >= at_least) & (kept.double() >= coverage * total.double())
+    covers = (kept.double() >= coverage * total.double()) & (coverage > 0)
+    return (sets.sum(dim=1) >= at_least) & covers
+
+
+def _refine(rows: _Rows, active: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Stage 5 on this rank's rows: ids and weights [T, k]. Rows that are not served name active experts."""
+    chosen, valid = refine(rows.ranking, active, spec.top_k)
+    weights = weigh(rows.logits, rows.affinity, chosen, valid, spec)
+    served = (rows.real & valid.any(dim=-1))[:, None]
+    chosen = torch.where(served, chosen, _lowest_ids(active, spec.top_k))
+    return chosen, torch.where(served, weights, 0.0)
 
 
 def _lowest_ids(active: Tensor, top_k: int) -> Tensor:
@@ -285,11 +337,17 @@ def _lowest_ids(active: Tensor, top_k: int) -> Tensor:
 
 
 def _statistics(
-    totals: _Totals, gpu: Tensor, config: XShareConfig, stands_aside: Tensor, active: Tensor, after: Tensor
+    totals: _Totals,
+    gpu: Tensor,
+    config: XShareConfig,
+    limits: _Limits,
+    stands_aside: Tensor,
+    active: Tensor,
+    after: Tensor,
 ) -> Tensor:
     """[8] int64, as every backend gives them (`RoutingStats.decode`)."""
     counted = totals.warm & ~totals.free
-    overflow = (counted.sum() - config.layer_budget).clamp(min=0)
+    overflow = (counted.sum() - limits.budget).clamp(min=0)
     if config.gpu_budget is not None:
         overflow = overflow + (_per_gpu(counted, gpu) - config.gpu_budget).clamp(min=0).sum()
     shares = ~stands_aside
@@ -321,6 +379,7 @@ class _Call(NamedTuple):
     spec: RouterSpec
     config: XShareConfig
     whole_batch_stats: bool
+    has_dial: bool
 
 
 _agreed: WeakKeyDictionary[Group, set[_Call]] = WeakKeyDictionary()
@@ -332,6 +391,7 @@ def check_agreement(
     config: XShareConfig,
     expert_gpu: Tensor | None = None,
     whole_batch_stats: bool = True,
+    has_dial: bool = False,
 ) -> None:
     """Makes sure that all ranks run the same version of this package with the same arguments. Every rank
     calls it; `route` does the same in every call.
@@ -340,8 +400,8 @@ def check_agreement(
     """
     group = resolve_group(group)
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    call = _Call(spec, config, whole_batch_stats)
-    words = torch.zeros(math.prod(_TABLE) + 4, dtype=torch.int64, device=device)
+    call = _Call(spec, config, whole_batch_stats, has_dial)
+    words = torch.zeros(_NUM_WORDS, dtype=torch.int64, device=device)
     gpu = _placement(expert_gpu, spec, device)
     _add_fingerprint(words, call, gpu)
     _all_reduce(words, group, "the configurations")
@@ -408,7 +468,8 @@ def _difference(group: Group, call: _Call, gpu: Tensor) -> str:
 def _describe(call: _Call) -> bytes:
     """One line per field: `name=value`."""
     fields: dict[str, object] = {"xshare_trtllm": __version__} | call.spec.model_dump()
-    fields |= call.config.model_dump() | {"whole_batch_stats": call.whole_batch_stats}
+    fields |= call.config.model_dump()
+    fields |= {"whole_batch_stats": call.whole_batch_stats, "has_dial": call.has_dial}
     return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
 
 

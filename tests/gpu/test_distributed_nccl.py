@@ -23,7 +23,7 @@ import torch.distributed as dist  # noqa: E402
 from distributed_cases import Case, assert_same, draw  # noqa: E402
 from distributed_launch import launch  # noqa: E402
 
-from xshare_trtllm import Routing, distributed  # noqa: E402
+from xshare_trtllm import Routing, distributed, ops  # noqa: E402
 from xshare_trtllm import route as single_rank_route  # noqa: E402
 
 CASES = 200
@@ -59,10 +59,14 @@ def compare(rank: int, world: int, folder: str) -> None:
 
 
 def capture(rank: int, world: int, folder: str) -> None:
-    """One graph, replayed on new logits of the same shape."""
+    """One graph, replayed on new logits of the same shape, with a dial that every rank turns by itself."""
     group = join(rank, world, folder)
     case = next(case for case in (draw(seed, world) for seed in range(1000)) if all(case.rows))
     logits, extras = on_device(case, rank)
+    configs = [case.config.model_copy(update={"coverage": share}) for share in (0.4, 0.7, 0.95)]
+    packed = [bytearray(ops.pack_dial(config, "on")) for config in configs]
+    dials = [torch.frombuffer(each, dtype=torch.uint8).cuda() for each in packed]
+    extras["dial"] = dials[0].clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -75,8 +79,9 @@ def capture(rank: int, world: int, folder: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         case.logits = torch.randn(case.logits.shape, generator=generator).to(case.logits.dtype)
         logits.copy_(case.logits[case.slice(rank)])
+        extras["dial"].copy_(dials[(seed + rank) % 3])  # the first rank's counts
         graph.replay()
-        expected = single_rank_route(case.logits, case.spec, case.config, **case.batch())
+        expected = single_rank_route(case.logits, case.spec, configs[seed % 3], **case.batch())
         assert_same(on_host(got), expected, case.slice(rank), f"replay {seed}, rank {rank}")
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_torch_backend import DUMMY, EXPERTS, SMALL, cutlass, engine_of, renormalize, trtllm
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xshare_trtllm import RouterSpec, XShareConfig, route
 from xshare_trtllm.cli import main
@@ -106,6 +109,47 @@ def test_contract_a_layer_that_is_off_counts_nothing(trtllm: Any, monkeypatch: p
         for _ in range(4):
             engine.step(torch.randn(3, EXPERTS), [7, 8, 9])
     assert reports[-1]["silent_layers"] == []
+
+
+class Writes(TorchDispatchMode):
+    """Which of the operators that run in it write to a tensor, and what `where` says then."""
+
+    def __init__(self, tensor: Tensor, where: Callable[[], str]) -> None:
+        super().__init__()
+        self.address, self.where = tensor.data_ptr(), where
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if func._schema.is_mutable and isinstance(first, Tensor) and first.data_ptr() == self.address:
+            self.found.append(self.where())
+        return func(*args, **(kwargs or {}))
+
+
+def test_contract_chunks_on_two_streams_lose_no_count(trtllm: Any) -> None:
+    """Even chunks run on another stream, which the layer waits for at its end (fused_moe_cutlass.py at
+    000a01de66, moe_scheduler.py at 24fc023e10). One stream alone writes the counters, behind that wait."""
+    layer = cutlass(trtllm, moe_max_num_tokens=5)
+    engine, logits = engine_of(trtllm, layer), torch.randn(12, EXPERTS)
+    with enable(engine.model, SMALL) as enabled, Writes(enabled.counters, lambda: layer.where) as writes:
+        engine.step(logits, range(70, 82))
+    assert layer.places == ["aux", "main", "aux"] and writes.found == ["main, joined"] * 3
+    spec, wanted = RouterSpec(EXPERTS, 4, "topk_softmax"), torch.zeros(8, dtype=torch.int64)
+    for rows in logits.split(4):
+        wanted += route(rows, spec, SMALL).raw_stats
+    assert torch.equal(enabled.counters[0], wanted)
+
+
+def test_contract_a_pass_that_fails_counts_nothing(trtllm: Any) -> None:
+    layer = cutlass(trtllm, moe_max_num_tokens=5)
+    engine, own = engine_of(trtllm, layer), layer.experts
+    with enable(engine.model, SMALL) as enabled:
+        layer.experts = lambda *_: (_ for _ in ()).throw(RuntimeError("no memory"))
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step(torch.randn(12, EXPERTS), range(70, 82))
+        layer.experts = own
+        engine.step(torch.randn(3, EXPERTS), range(70, 73))
+    assert enabled.counters[0, 7] == 3
 
 
 # ---- A server that runs -----------------------------------------------------------------------------------

@@ -156,6 +156,8 @@ def test_contract_apply_hands_on_input_ids(trtllm: Any) -> None:
         "DeepgemmCudaHopperFp8BlockScalesImpl",
         "TrtllmTrtllmGenNvfp4Impl",
         "MarlinFusedMoE",
+        "MarlinCudaNvfp4Impl",
+        "PrimsTSNvfp4FusedMoE",
     ),
 )
 def test_contract_leaf_classes(backend: str, trtllm: Any) -> None:

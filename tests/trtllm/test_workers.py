@@ -12,11 +12,12 @@ import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from xshare_trtllm.trtllm import run_folder, startup
+from xshare_trtllm.trtllm import run_folder, startup, workers
 from xshare_trtllm.trtllm.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -40,6 +41,9 @@ class Environment:
     def use(self, *stand_ins: str) -> None:
         """The stand-in, this checkout and what it needs, on the path of every interpreter, `-I` or not."""
         paths = [*(HERE / name for name in stand_ins), ROOT, sysconfig.get_path("purelib")]
+        ray = find_spec("ray")
+        if ray is not None and ray.origin is not None:
+            paths.append(Path(ray.origin).parents[1])
         (self.site / "paths.pth").write_text("".join(f"{path}\n" for path in paths))
 
     def hook(self, there: bool) -> None:
@@ -92,10 +96,9 @@ def test_the_hook_acts_where_the_variable_is_set(options: list[str], environment
 
 
 def test_contract_isolated_workers_with_all_variables(environment: Environment, config: Path) -> None:
-    """As Ray's workers, which have every variable of the parent; one of them import-isolated, one late. The
-    parent shows the ranks at /xshare."""
+    """One of them import-isolated, one late. The parent shows the ranks at /xshare."""
     done = environment.run(
-        *(SERVE, "ray", "2", "", "-I"), TRTLLM_XSHARE=str(config), TLLM_FAULT="late 1", TEST_OPENAI="1"
+        *(SERVE, "variables", "2", "", "-I"), TRTLLM_XSHARE=str(config), TLLM_FAULT="late 1", TEST_OPENAI="1"
     )
     said = outcome(done)
     assert said.startswith("SERVING"), said
@@ -136,6 +139,69 @@ def test_contract_mpi_spawns_the_workers(environment: Environment, config: Path)
     assert [rank["backends"] for rank in ranks] == [{"TrtllmCutlassUnquantizedImpl": 1}] * 2
 
 
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install ray")
+def test_contract_ray_starts_the_workers(environment: Environment, config: Path, tmp_path: Path) -> None:
+    """Real Ray, a cluster of this test's own: its workers start with the variables of the actor's runtime
+    environment, so the line in site-packages acts."""
+    done = environment.run(*(SERVE, "ray", "2"), TRTLLM_XSHARE=str(config), HOME=str(tmp_path))
+    assert outcome(done).startswith("SERVING"), done.stdout + done.stderr
+    ranks = RunFolder(config).status()["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1] and len({rank["pid"] for rank in ranks}) == 2
+
+
+LAUNCH = """set -e
+rank=$OMPI_COMM_WORLD_RANK
+export TLLM_SPAWN_PROXY_PROCESS=1
+if [ "$rank" -eq 0 ]; then
+    ( for name in $(compgen -e); do case $name in OMPI_*|PMIX_*|PMI_*) unset "$name";; esac; done
+      "$@" ) &
+fi
+"$PYTHON" -m tensorrt_llm.executor.worker "[$rank, $OMPI_COMM_WORLD_SIZE]"
+wait
+"""
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun: apt-get install openmpi-bin")
+def test_contract_ranks_that_were_started_before_the_server(
+    environment: Environment, config: Path, tmp_path: Path
+) -> None:
+    """As trtllm-llmapi-launch (020c89e64e) does it, under mpirun: the server runs beside rank 0, without
+    the variables of MPI."""
+    command = [str(environment.python), "-c", use_and_serve(config), "launch", "2"]
+    mpirun = ["mpirun", "--oversubscribe", "-n", "2", "bash", "-c", LAUNCH, "launch"]
+    variables = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR": str(tmp_path),
+        "TRTLLM_XSHARE": str(config),
+        "PYTHON": str(environment.python),
+    }
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [*mpirun, *command], env=clean | variables, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert outcome(done).startswith("SERVING"), done.stdout + done.stderr
+    assert [rank["rank"] for rank in RunFolder(config).status()["ranks"]] == [0, 1]
+
+
+def use_and_serve(config: Path) -> str:
+    return (
+        f"from xshare_trtllm.trtllm import use; use({str(config)!r})\n"
+        f"import runpy; runpy.run_path({SERVE!r}, run_name='__main__')"
+    )
+
+
+@pytest.mark.parametrize("before", ({}, {"TRTLLM_XSHARE": "another.yaml"}))
+def test_contract_what_the_server_sets_reaches_no_rank_that_runs(
+    before: dict[str, str], environment: Environment, config: Path
+) -> None:
+    """So it says at once what has to be exported, before a model is loaded."""
+    variables = {"TLLM_SPAWN_PROXY_PROCESS": "1"} | before
+    refused = environment.run("-c", use_and_serve(config), "launch", "2", **variables)
+    assert f"has started already: export TRTLLM_XSHARE={config} before mpirun" in refused.stderr
+    assert "SERVING" not in refused.stdout
+
+
 def test_contract_a_configuration_that_does_not_fit_the_model(environment: Environment, config: Path) -> None:
     """Here with the model in the parent's own process (TLLM_WORKER_USE_SINGLE_PROCESS)."""
     config.write_text("budget: 3\n")
@@ -155,7 +221,7 @@ def test_contract_workers_that_die_or_are_mute_stop_the_server(
     loads its model without XShare and never says a word."""
     paths = [HERE / "torch_stand_in", ROOT, sysconfig.get_path("purelib")]
     done = environment.run(
-        *(SERVE, "ray", "3", "", "", "-S"),
+        *(SERVE, "variables", "3", "", "", "-S"),
         TRTLLM_XSHARE=str(config),
         TLLM_FAULT="die 1",
         PYTHONPATH=os.pathsep.join(map(str, paths)),
@@ -164,6 +230,30 @@ def test_contract_workers_that_die_or_are_mute_stop_the_server(
     assert said.startswith("STOPPED XShare: ranks 1, 2 of 3 did not acknowledge within 6 s: pid "), said
     assert "ended before its model was loaded, see its log; the server is stopped" in said
     assert "shutdown" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    (
+        ({"backend": "_autodeploy"}, "backend=_autodeploy is not supported, it is in the PyTorch backend"),
+        (
+            {"ray_placement_config": SimpleNamespace(defer_workers_init=True)},
+            "defer_workers_init is not supp",
+        ),
+    ),
+)
+def test_contract_what_would_never_acknowledge_is_refused_at_once(
+    arguments: dict[str, Any], why: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(engine: Any, llm_args: Any = None, **_: Any) -> Any:
+        raise AssertionError("workers were started")
+
+    executor = SimpleNamespace(create=staticmethod(create))
+    workers.patch_executor(SimpleNamespace(GenerationExecutor=executor))  # type: ignore[arg-type]
+    monkeypatch.setenv("TRTLLM_XSHARE", str(config))
+    with pytest.raises(RuntimeError, match=why):
+        executor.create("engine", llm_args=SimpleNamespace(**arguments))
+    assert not (config.parent / "xshare.run").exists()
 
 
 def test_use_refuses_where_the_hook_is_not(environment: Environment, config: Path) -> None:

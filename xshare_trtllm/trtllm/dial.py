@@ -6,6 +6,10 @@ is captured again. Ranks that compute parts of the same rows must never differ i
 alone reads the operator's file, and writes what it has checked to `xshare.run/dial.json` with the number of a
 step that all ranks will look at before they make it. Every rank looks once in LOOK_STEPS steps, at steps
 whose number is the same on all of them; opening a file sees what was renamed into place before, on NFS too.
+
+Under attention data parallelism steps have no common number, since ranks without requests make steps of
+padding. There the values of the group's first rank travel with the all-reduce that every layer needs anyway
+(`xshare_trtllm.distributed`), so it does not matter when a rank takes them over.
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ from xshare_trtllm.trtllm.setting import Setting
 LOOK_STEPS = 32
 SECONDS = 1.0  # between two looks of rank 0 at the operator's file
 _TURNABLE = ("coverage", "budget")
-_FIXED = "with attention data parallelism the dial is fixed, start the server anew"
 
 
 class Dial:
@@ -35,6 +38,7 @@ class Dial:
     def __init__(self, layers: list[Any], device: torch.device) -> None:
         """layers  a `LayerRouting` each"""
         self._layers = layers
+        self.travels = layers[0].group is not None  # the first rank's values, with every layer's all-reduce
         with torch.inference_mode(False):  # or they could only be written to in inference mode
             self._values = torch.empty(len(layers), ops.DIAL_BYTES, dtype=torch.uint8, device=device)
         for layer, row in zip(layers, self._values, strict=True):
@@ -66,12 +70,11 @@ class Dial:
 class DialWatch:
     """Follows the operator's file in one rank: `step` before every step.
 
-    dial  None where it cannot be turned (attention data parallelism): a change is then refused
-    say   is told what was taken over, or refused and why
+    say  is told what was taken over, or refused and why
     """
 
     def __init__(
-        self, dial: Dial | None, setting: Setting, folder: RunFolder, rank: int, say: Callable[[str], None]
+        self, dial: Dial, setting: Setting, folder: RunFolder, rank: int, say: Callable[[str], None]
     ) -> None:
         self._dial, self._folder, self._rank, self._say = dial, folder, rank, say
         self.setting = setting
@@ -82,12 +85,11 @@ class DialWatch:
         self._due = 0.0
         self._dial_path = folder.path / "dial.json"
         self._run = (folder.server() or {}).get("run")
-        if dial is not None:
-            dial.turn(setting)
-        elif setting.mode != "on":
-            raise ValueError(f"mode={setting.mode}: {_FIXED}")
+        dial.turn(setting)
 
-    def step(self) -> None:
+    def step(self, has_real_rows: bool) -> None:
+        if not has_real_rows and not self._dial.travels:  # a warm-up
+            return
         if self._rank == 0 and time.monotonic() >= self._due:
             self._due = time.monotonic() + SECONDS
             self._look_at_file()
@@ -103,10 +105,7 @@ class DialWatch:
         try:
             wanted = Setting.from_yaml(self._folder.config_path)
             _check_turnable(self.setting, wanted)
-            if self._dial is not None:
-                self._dial.check(wanted)
-            elif wanted != self.setting:
-                raise ValueError(_FIXED)
+            self._dial.check(wanted)
         except (OSError, ValueError) as error:
             self.refused = str(error)
             self._say(f"XShare: {self._folder.config_path} is refused, the old values stay: {error}")
@@ -127,19 +126,24 @@ class DialWatch:
             return
         if proposal["run"] != self._run or proposal["generation"] <= self.generation:
             return
-        if proposal["at_step"] > self.step_number:
+        if not self._dial.travels and not self._is_due(proposal["at_step"]):
             return
-        if proposal["at_step"] < self.step_number:
-            raise RuntimeError(
-                f"XShare: rank {self._rank} saw at step {self.step_number} that it should have turned the "
-                f"dial at step {proposal['at_step']}, as other ranks have; {self._folder.path} is not on a "
-                "file system that shows a file once it has been renamed"
-            )
         self.setting = Setting.from_dict(proposal["setting"])
         self.generation = proposal["generation"]
-        assert self._dial is not None, "rank 0 proposes nothing without one"
         self._dial.turn(self.setting)
-        self._say(f"XShare: rank {self._rank} from step {self.step_number} on: {self.setting.to_dict()}")
+        since = f"from step {self.step_number} on"
+        if self._dial.travels:
+            since = "with the first rank of its group"
+        self._say(f"XShare: rank {self._rank} {since}: {self.setting.to_dict()}")
+
+    def _is_due(self, at_step: int) -> bool:
+        if at_step < self.step_number:
+            raise RuntimeError(
+                f"XShare: rank {self._rank} saw at step {self.step_number} that it should have turned the "
+                f"dial at step {at_step}, as other ranks have; {self._folder.path} is not on a "
+                "file system that shows a file once it has been renamed"
+            )
+        return at_step == self.step_number
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

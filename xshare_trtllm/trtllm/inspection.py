@@ -143,32 +143,45 @@ def _backend(cls: type, is_scheduled: bool) -> Finding:
 
 def _models() -> Iterator[Finding]:
     folder = Path(str(import_module("tensorrt_llm").__path__[0]), "_torch", "models")
-    for path in sorted(folder.rglob("modeling_*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        methods = sorted(_methods_named(tree))
-        for architecture in _architectures(tree):
+    paths = sorted(folder.rglob("modeling_*.py"))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    own: dict[str, set[str]] = {}
+    for tree in trees:
+        for block in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            own.setdefault(block.name, set()).update(_methods_named(block))
+        for model, _ in _architectures(tree):
+            own.setdefault(model, set()).update(_methods_named(tree))
+    for tree in trees:
+        # A model may be another's (Qwen3.5), behind a vision tower (Kimi-K2.5), or have its block (K-EXAONE).
+        taken_over = [own[name] for name in _imported(tree) if name in own]
+        methods = sorted(_methods_named(tree).union(*taken_over))
+        for _, architecture in _architectures(tree):
             if methods:
                 yield _model(architecture, methods)
 
 
-def _architectures(tree: ast.Module) -> Iterator[str]:
+def _architectures(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Classes of a model file, and the architectures that they are registered for."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ClassDef):
             continue
         for call in node.decorator_list:
             if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "register_auto_model":
                 continue
-            yield from (str(name.value) for name in call.args[:1] if isinstance(name, ast.Constant))
+            names = (name for name in call.args[:1] if isinstance(name, ast.Constant))
+            yield from ((node.name, str(name.value)) for name in names)
 
 
-def _methods_named(tree: ast.Module) -> set[str]:
-    """Routing methods that a model file names, or takes over with another's gate."""
+def _imported(tree: ast.AST) -> set[str]:
+    return {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def _methods_named(tree: ast.Module | ast.ClassDef) -> set[str]:
+    """Routing methods that a model file or a class names, or takes over with another's gate."""
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    imported = {
-        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    taken_over = {_GATES[name] for name in names | imported if name in _GATES}
-    return {name for name in names if name.endswith("MoeRoutingMethod")} | taken_over
+    taken_over = {_GATES[name] for name in names | _imported(tree) if name in _GATES}
+    base = {"BaseMoeRoutingMethod"}  # of any method
+    return {name for name in names if name.endswith("MoeRoutingMethod")} - base | taken_over
 
 
 def _model(architecture: str, methods: list[str]) -> Finding:

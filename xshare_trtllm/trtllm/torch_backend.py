@@ -46,7 +46,7 @@ def _moe_layers(model: nn.Module) -> list[_Found]:
 
     A block of the model may hold a routing method too (gpt-oss): a MoE module knows its expert parallelism.
     """
-    by_name = dict(model.named_modules())
+    by_name, drafting = dict(model.named_modules()), _drafting(model)
     found: dict[str, _Found] = {}
     outermost = "."
     for name, module in by_name.items():
@@ -58,7 +58,11 @@ def _moe_layers(model: nn.Module) -> list[_Found]:
         outermost = name + "."
         found[outermost] = _Found([module], by_name.get(name.rpartition(".")[0]))
     end = _num_hidden_layers(model)
-    layers = [layer for name, layer in found.items() if not _drafts(name, layer.modules[0], end)]
+    layers = [
+        layer
+        for layer in found.values()
+        if id(layer.modules[0]) not in drafting and not _is_behind(layer.modules[0], end)
+    ]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer with a routing_method")
     return layers
@@ -74,12 +78,18 @@ def _num_hidden_layers(model: nn.Module) -> int | None:
     return None
 
 
-def _drafts(name: str, moe: nn.Module, num_hidden_layers: int | None) -> bool:
-    """A layer behind the model's last (multi-token prediction), or of a draft model inside the model (Eagle3,
-    `SpecDecOneEngineForCausalLM.draft_model`)."""
+def _drafting(model: nn.Module) -> set[int]:
+    """The ids of all modules of a draft model inside the model (`SpecDecOneEngineForCausalLM.draft_model`),
+    which the model may have under other names too: MTP heads among its layers, a draft model in its
+    epilogue or its spec worker (modeling_speculative.py at 00679c66c3)."""
+    names = model.named_modules(remove_duplicate=False)
+    return {id(module) for name, module in names if "draft_model" in name.split(".")}
+
+
+def _is_behind(moe: nn.Module, num_hidden_layers: int | None) -> bool:
+    """Behind the model's last layer: multi-token prediction."""
     index = getattr(moe, "layer_idx", None)
-    is_behind = num_hidden_layers is not None and index is not None and index >= num_hidden_layers
-    return is_behind or "draft_model" in name.split(".")
+    return num_hidden_layers is not None and index is not None and index >= num_hidden_layers
 
 
 def _expert_gpu(moe: Any, config: XShareConfig, has_dial: bool) -> Tensor | None:
@@ -221,20 +231,17 @@ class Enabled:
         if self._device.type == "cuda" and not ops.cuda_available():
             raise RuntimeError(f"XShare: {ops.why_no_cuda()}")
         self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
+        _check_compiled(first)
         group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
         self._layers: list[_EnabledLayer] = [
             _named(i, _EnabledLayer, layer.modules, plan, config.for_layer(i), group, has_dial)
             for i, (layer, plan) in enumerate(zip(found, self._plans, strict=True))
         ]
+        self.dial = Dial([layer.routing for layer in self._layers], self._device) if has_dial else None
+        self.counters = self._count()
         _watch.start()  # before anything is patched: this version may not have what it needs
         for enabled in self._layers:
             enabled.install()
-        self.dial = (
-            Dial([layer.routing for layer in self._layers], self._device)
-            if has_dial and group is None
-            else None
-        )
-        self.counters = self._count()
         self._is_enabled = True
         release = getattr(engine, "_release_cuda_graphs", None)
         if release is not None:  # what was captured before knows nothing of XShare
@@ -296,6 +303,17 @@ def _find_model(llm_or_model: Any) -> tuple[Any, nn.Module]:
         f"enable({type(llm_or_model).__name__}): its model is not in this process; call use(config_path) "
         "before the LLM is made"
     )
+
+
+def _check_compiled(moe: nn.Module) -> None:
+    """Refuses torch.compile where a MoE layer is not one operator (interface.py at 567239fcd4) that it does
+    not look into: it would take the rows of the step that it traces for those of every step."""
+    is_compiling = getattr(import_module("tensorrt_llm._torch.utils"), "is_torch_compiling", bool)
+    if is_compiling() and not getattr(moe, "register_to_config", False):
+        raise ValueError(
+            "torch.compile looks into the MoE layers of this version of TensorRT-LLM: not supported, leave "
+            "torch_compile_config out"
+        )
 
 
 def _check_budgets(config: XShareConfig, num_layers: int, mapping: Any) -> None:

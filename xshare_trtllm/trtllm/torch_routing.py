@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xshare_trtllm import ops
 from xshare_trtllm.config import XShareConfig
-from xshare_trtllm.routing import mask_logits, route
+from xshare_trtllm.routing import Routing, mask_logits, route
 from xshare_trtllm.trtllm.torch_rows import rows_of_this_step
 from xshare_trtllm.trtllm.torch_support import has_bias, router_spec
 
@@ -36,33 +36,36 @@ class LayerRouting:
         self.counters: Tensor | None = None  # int64 [8] on the model's device: all statistics, added up
         self._step_rows: int | None = None  # of the forward pass under way
         self._first_row = 0
+        self._chunks: list[Tensor] = []  # statistics of the forward pass under way
 
     @contextmanager
     def forward(self, num_rows: int) -> Iterator[None]:
-        """The layer's forward pass over `num_rows` rows: what is routed in it follows on one another."""
+        """The layer's forward pass over `num_rows` rows: what is routed in it follows on one another.
+
+        Chunks may run on two streams at a time (fused_moe_cutlass.py, moe_scheduler.py), where additions to
+        one tensor would be lost, so they are added up by the stream of the pass, which has waited for both.
+        """
         self._step_rows = num_rows
         try:
             yield
+            for stats in self._chunks:
+                self._add(stats)
         finally:
             self._step_rows, self._first_row = None, 0
+            self._chunks.clear()
 
     def route(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids int32 [T, k] and weights fp32 [T, k] of the next T rows."""
         arguments = self._arguments(router_logits)
-        if self.dial is not None:
-            ids, weights, _, stats = ops.route(
-                router_logits, self.spec, self.config, **arguments, dial=self.dial
-            )
-            self._count(stats)
-            return ids, weights
-        if self.group is None:
-            routing = route(router_logits, self.spec, self.config, **arguments)
-        else:
+        if self.group is not None:
             from xshare_trtllm import distributed
 
-            routing = distributed.route(
-                router_logits, self.spec, self.config, group=self.group, whole_batch_stats=False, **arguments
-            )
+            outside = {"group": self.group, "dial": self.dial, "whole_batch_stats": False}
+            routing = distributed.route(router_logits, self.spec, self.config, **arguments, **outside)
+        elif self.dial is None:
+            routing = route(router_logits, self.spec, self.config, **arguments)
+        else:
+            routing = Routing(*ops.route(router_logits, self.spec, self.config, **arguments, dial=self.dial))
         self._count(routing.raw_stats)
         return routing.expert_ids, routing.expert_weights
 
@@ -77,8 +80,17 @@ class LayerRouting:
         return mask_logits(router_logits, self.spec, self.config, **arguments)
 
     def _count(self, stats: Tensor) -> None:
-        if self.counters is not None:
-            self.counters.add_(stats)
+        if self._step_rows is None:
+            self._add(stats)
+        else:
+            self._chunks.append(stats)
+
+    def _add(self, stats: Tensor) -> None:
+        if self.counters is None:
+            return
+        if stats.is_cuda:  # its memory may belong to the other stream
+            stats.record_stream(torch.cuda.current_stream(stats.device))
+        self.counters.add_(stats)
 
     def _arguments(self, router_logits: Tensor) -> dict[str, Any]:
         first, count = self._first_row, len(router_logits)

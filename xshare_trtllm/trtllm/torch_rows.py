@@ -109,16 +109,16 @@ def _attached_rows(metadata: Any) -> StepRows | None:
     return rows if owner is not None and owner() is metadata else None  # a copy of the metadata has them too
 
 
-def _note_rows(metadata: Any) -> bool:
-    """Whether the metadata is that of a step of the model with rows that count."""
+def _note_rows(metadata: Any) -> StepRows | None:
+    """The rows of the step to come; None where the metadata is not that of a step of the model."""
     if metadata.seq_lens is None or metadata.kv_cache_manager is None:
-        return False  # a vision tower prepares metadata of its own, without a KV cache and of another size
+        return None  # a vision tower prepares metadata of its own, without a KV cache and of another size
     rows = _attached_rows(metadata)
     if rows is None:
         rows = StepRows(metadata.max_num_tokens, metadata.seq_lens_cuda.device)
         vars(metadata)["xshare_rows"] = (rows, weakref.ref(metadata))
     rows.update(metadata)
-    return rows.has_real
+    return rows
 
 
 METADATA_MODULES = (
@@ -140,12 +140,12 @@ def attention_metadata_class() -> Any:
     )
 
 
-_listeners: list[Callable[[], None]] = []
+_listeners: list[Callable[[bool], None]] = []
 
 
-def after_prepare(listener: Callable[[], None]) -> None:
-    """Calls `listener` before every step from now on that has rows other than padding, in the thread that
-    makes it, after its rows were noted."""
+def after_prepare(listener: Callable[[bool], None]) -> None:
+    """Calls `listener` before every step from now on, in the thread that makes it, after its rows were noted,
+    and says whether one of them is not padding: a warm-up and a rank without requests have none."""
     _listeners.append(listener)
 
 
@@ -179,9 +179,10 @@ def _noting(prepare: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(prepare)
     def prepare_and_note(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = prepare(self, *args, **kwargs)
-        if _note_rows(self):
+        rows = _note_rows(self)
+        if rows is not None:
             for listener in _listeners:
-                listener()
+                listener(rows.has_real)
         return result
 
     return prepare_and_note

@@ -40,8 +40,10 @@ class Reporter:
         self._write(self._statistics(torch.zeros_like(self._before), 0))
         after_prepare(self._step)
 
-    def _step(self) -> None:
+    def _step(self, has_real_rows: bool) -> None:
         """Between two steps, in the thread that makes them, and never while a graph is captured."""
+        if not has_real_rows:
+            return
         if self._on_host is not None:
             counts, event = self._on_host
             if event is None or event.query():

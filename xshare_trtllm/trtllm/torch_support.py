@@ -7,6 +7,7 @@ installed version: one answer for both. Nothing here imports tensorrt_llm or tor
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,13 +110,18 @@ BACKENDS: dict[str, Kind] = {
     "TrtllmGenFusedMoEBase": "trtllm_gen",
     "TritonFusedMoE": "triton",
 }
-REFUSED_BACKENDS = {"DenseGEMMFusedMoE": "it computes every expert anyway"}
+REFUSED_BACKENDS = {
+    "DenseGEMMFusedMoE": "it computes every expert anyway",
+    # modeling_llama_min_latency.py at 025b36c315: CUTLASS, but for 8 rows and fewer
+    "Llama4MinLatencyFusedMoE": "it routes few rows in a kernel of its own",
+}
 # `descriptor.identity` of a leaf class: a kernel's name decides before the technique.
 _KERNELS: dict[str, Kind] = {"mega_moe": "scheduled", "vanilla": "applies"}
 _TECHNIQUES: dict[str, Kind] = {
     "cutlass": "scheduled",
     "cutedsl": "scheduled",
     "cuda_cpp": "scheduled",
+    "cuda": "scheduled",
     "trtllm_gen": "trtllm_gen",
     "triton": "triton",
 }
@@ -200,7 +206,7 @@ def _check_spread(kind: Kind, name: str, cls: type, block: Any) -> None:
     use = "use CUTLASS"
     if kind == "triton":
         raise ValueError(f"{name} with attention data parallelism: not supported, {use}")
-    if not any("routing_method.apply(" in _source(base) for base in cls.__mro__):
+    if "routing_method.apply(" not in _source(cls):
         raise ValueError(f"{name} with attention data parallelism: this version routes in its kernel, {use}")
     if block is not None and "allgather(" in _source(type(block)):
         raise ValueError(
@@ -210,7 +216,9 @@ def _check_spread(kind: Kind, name: str, cls: type, block: Any) -> None:
 
 
 def _source(cls: type) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
+    """Of the class and all that it derives from, as far as it can be found."""
+    found = []
+    for base in cls.__mro__:
+        with suppress(OSError, TypeError):
+            found.append(inspect.getsource(base))
+    return "\n".join(found)

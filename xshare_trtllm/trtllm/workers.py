@@ -32,9 +32,20 @@ def use(config_path: str | Path) -> None:
     """
     path = Path(config_path).resolve()
     _read_setting(path)
+    _check_started_ranks(path)
     startup.check_hook()
     os.environ[startup.VARIABLE] = str(path)
     startup.install()
+
+
+def _check_started_ranks(path: Path) -> None:
+    """trtllm-llmapi-launch has started the ranks before this process, with the variables of its own start."""
+    if "TLLM_SPAWN_PROXY_PROCESS" not in os.environ or os.environ.get(startup.VARIABLE) == str(path):
+        return
+    raise RuntimeError(
+        f"XShare would not get into the ranks that trtllm-llmapi-launch has started already: export "
+        f"{startup.VARIABLE}={path} before mpirun or srun starts it, on every host"
+    )
 
 
 def run_console_script(arguments: list[str]) -> None:
@@ -140,7 +151,7 @@ def patch_executor(module: ModuleType) -> None:
             return own(*args, **kwargs)
         folder = _folder()
         values = _read_setting(folder.config_path)
-        _refuse_deferred(kwargs.get("llm_args"))
+        _check_arguments(kwargs.get("llm_args"))
         folder.begin(int(kwargs.get("model_world_size", 1)), settings_hash(values))
         made = own(*args, **kwargs)
         try:
@@ -156,8 +167,12 @@ def patch_executor(module: ModuleType) -> None:
     executor.create = staticmethod(create_and_wait)
 
 
-def _refuse_deferred(llm_args: Any) -> None:
-    """Ray workers that somebody starts later, for reinforcement learning (executor/ray/executor.py)."""
+def _check_arguments(llm_args: Any) -> None:
+    """Refuses what would never acknowledge: other back ends, and Ray workers that somebody starts later, for
+    reinforcement learning (executor/ray/executor.py)."""
+    backend = getattr(llm_args, "backend", None)
+    if backend not in (None, "pytorch"):
+        raise RuntimeError(f"XShare: backend={backend} is not supported, it is in the PyTorch backend")
     placement = getattr(llm_args, "ray_placement_config", None)
     if getattr(placement, "defer_workers_init", False):
         raise RuntimeError(

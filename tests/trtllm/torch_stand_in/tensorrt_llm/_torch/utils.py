@@ -19,6 +19,16 @@ SINGLE = SimpleNamespace(
     moe_ep_size=1,
 )
 _current = threading.local()
+is_torch_compiling_flag = False
+
+
+def set_torch_compiling(enable: bool) -> None:
+    global is_torch_compiling_flag
+    is_torch_compiling_flag = enable
+
+
+def is_torch_compiling() -> bool:
+    return is_torch_compiling_flag
 
 
 def get_model_extra_attrs() -> dict[str, Any] | None:

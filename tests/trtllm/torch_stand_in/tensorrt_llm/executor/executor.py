@@ -7,8 +7,12 @@ by `llm_args.launcher`:
 - `mpi`: MpiPoolSession, llmapi/mpi_session.py at 00a1352a7d: mpi4py spawns the workers, with this process's
   sys.path and its variables that begin with TRTLLM or TLLM. The RPC proxy uses the same session
   (executor/rpc_proxy.py at 03dd9bb838)
-- `ray`: executor/ray_executor.py at 0777969c17, executor/ray/executor.py at 061a914e0a: workers have all
-  variables of this process
+- `variables`: workers with all variables of this process, as Ray's have
+- `ray`: executor/ray_executor.py at 0777969c17, executor/ray/executor.py at 061a914e0a: a Ray actor per rank,
+  all with a runtime environment of this process's variables but two; `setup_engine` loads the model. Here the
+  cluster is one of this process's own, with GPUs that are not there
+- `launch`: llmapi/trtllm-llmapi-launch at 020c89e64e: the ranks run already, and are told what to do
+  (RemoteMpiCommSessionClient, here through files)
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from tensorrt_llm.executor.worker import worker_main
@@ -44,6 +50,10 @@ class GenerationExecutor:
             return _Single()
         if llm_args.launcher == "mpi":
             return _Pool(model_world_size)
+        if llm_args.launcher == "ray":
+            return _RayExecutor(model_world_size)
+        if llm_args.launcher == "launch":
+            return _Remote(model_world_size)
         return _Actors(model_world_size, llm_args.python)
 
 
@@ -75,6 +85,53 @@ def _mpi_worker(world_size: int) -> bool:
     MPI.COMM_WORLD.barrier()
     worker_main(MPI.COMM_WORLD.Get_rank(), world_size)
     return True
+
+
+class _RayExecutor:
+    def __init__(self, model_world_size: int) -> None:
+        import ray
+
+        os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+        runtime_env = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+        options = {"include_dashboard": False, "namespace": "trtllm", "ignore_reinit_error": True}
+        memory = {"object_store_memory": 80 * 2**20, "num_gpus": model_world_size}
+        ray.init(address="local", **options, runtime_env=runtime_env, **memory)
+        worker_env = ray.runtime_env.RuntimeEnv()
+        node_local = ("RAY_RAYLET_PID", "RAY_NODE_IP_ADDRESS")
+        worker_env["env_vars"] = {k: v for k, v in os.environ.items() if k not in node_local}
+        worker_env["env_vars"].update({"TLLM_DISABLE_MPI": "1", "MASTER_ADDR": "127.0.0.1"})
+        wrapper = ray.remote(_RayWorkerWrapper).options(num_gpus=1.0, runtime_env=worker_env)
+        self.workers = [wrapper.remote(model_world_size, rank) for rank in range(model_world_size)]
+        ray.get([worker.setup_engine.remote() for worker in self.workers])
+
+    def shutdown(self) -> None:
+        import ray
+
+        print("shutdown", flush=True)
+        ray.shutdown()
+
+
+class _RayWorkerWrapper:
+    def __init__(self, world_size: int, rank: int) -> None:
+        self.world_size, self.rank = world_size, rank
+
+    def setup_engine(self) -> None:
+        self.engine = worker_main(self.rank, self.world_size)
+
+
+class _Remote:
+    """Ranks that wait for a task in the folder TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR; none comes back, so it
+    waits for rank 0's answer alone."""
+
+    def __init__(self, model_world_size: int) -> None:
+        self.folder = Path(os.environ["TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR"])
+        (self.folder / "task").touch()
+        while not (self.folder / "ready").exists():
+            time.sleep(0.02)
+
+    def shutdown(self) -> None:
+        print("shutdown", flush=True)
+        (self.folder / "stop").touch()
 
 
 class _Actors:

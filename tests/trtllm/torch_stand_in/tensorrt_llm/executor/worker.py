@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,21 @@ def worker_main(rank: int, world_size: int) -> Any:
     return engines.PyTorchModelEngine(model=engines.make_model(mapping), mapping=mapping)
 
 
+def node_main(rank: int, world_size: int) -> None:
+    """llmapi/mgmn_leader_node.py and mgmn_worker_node.py: a rank that was started before the server."""
+    folder = Path(os.environ["TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR"])
+    while not (folder / "task").exists():
+        time.sleep(0.02)
+    engine = worker_main(rank, world_size)
+    if rank == 0:
+        (folder / "ready").touch()
+    while engine and not (folder / "stop").exists():
+        time.sleep(0.02)
+
+
 if __name__ == "__main__":
+    if "TLLM_SPAWN_PROXY_PROCESS" in os.environ:
+        sys.exit(node_main(*json.loads(sys.argv[1])))
     engine = worker_main(*json.loads(sys.argv[1]))
     print("READY", flush=True)
     sys.stdin.read()

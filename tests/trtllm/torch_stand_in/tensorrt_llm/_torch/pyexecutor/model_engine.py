@@ -3,6 +3,7 @@
 The metadata's fields are set, then `prepare()`, then `model.forward(**inputs)`: not `model(...)`, so hooks of
 the model would not run. A CUDA graph is a `make_fx` trace here: like a graph it holds the operators and the
 addresses of the tensors that were there when it was captured, and a replay runs no Python of the model.
+torch.compile is put around the model in `__init__`, and traces it in the first step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ try:  # since August 2026
     from tensorrt_llm._torch.attention.backends.interface import TrtllmAttentionMetadata
 except ModuleNotFoundError:
     from tensorrt_llm._torch.attention_backend.interface import TrtllmAttentionMetadata
-from tensorrt_llm._torch.utils import get_model_extra_attrs, model_extra_attrs
+from tensorrt_llm._torch.utils import get_model_extra_attrs, model_extra_attrs, set_torch_compiling
 
 CUDA_GRAPH_DUMMY_REQUEST_ID = (1 << 64) - 1
 
@@ -32,6 +33,8 @@ class Model(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.config = SimpleNamespace(num_hidden_layers=num_hidden_layers or len(layers))
+        numbers = {str(getattr(layer, "layer_idx", None)): weakref.ref(layer) for layer in layers}
+        self.extra_attrs: dict[str, Any] = {"moe_layers": numbers}
 
     def forward(self, attn_metadata: Any, router_logits: Tensor, **kwargs: Any) -> Tensor:
         x = torch.ones(len(router_logits), 4)
@@ -42,9 +45,18 @@ class Model(nn.Module):
 
 class PyTorchModelEngine:
     def __init__(
-        self, *, model_path: str = "", model: nn.Module, mapping: Any = None, is_draft_model: bool = False
+        self,
+        *,
+        model_path: str = "",
+        model: Any,
+        mapping: Any = None,
+        is_draft_model: bool = False,
+        torch_compile_backend: Any = None,
     ) -> None:
         self.model, self.is_draft_model, self.mapping = model, is_draft_model, mapping
+        set_torch_compiling(torch_compile_backend is not None)
+        if torch_compile_backend is not None:
+            self.model = torch.compile(self.model, backend=torch_compile_backend, fullgraph=True)
         self.attn_metadata = TrtllmAttentionMetadata(
             max_num_requests=64, max_num_tokens=64, mapping=mapping, kv_cache_manager=object()
         )
@@ -72,7 +84,7 @@ class PyTorchModelEngine:
         metadata.request_ids = list(request_ids)
         metadata.num_contexts, metadata.num_chunked_ctx_requests = num_contexts, drafts
         metadata.prepare()
-        with model_extra_attrs({}):
+        with model_extra_attrs(getattr(self.model, "extra_attrs", {})):
             if not cuda_graph:
                 return self.model_forward(attn_metadata=metadata, router_logits=router_logits)
             if not graph:

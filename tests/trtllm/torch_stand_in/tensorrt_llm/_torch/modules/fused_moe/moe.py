@@ -1,7 +1,9 @@
 """MoE modules: who calls `routing_method.apply`, and when, in tensorrt_llm/_torch/modules/fused_moe/.
 
-- interface.py at 00a3c47dbb (1.0.0rc): `MoE.forward`; at 567239fcd4 (after): `forward` calls `forward_impl`.
-- fused_moe_cutlass.py at 000a01de66 (1.0.0rc4): `forward` splits the step into chunks, each applies.
+- interface.py at 00a3c47dbb (1.0.0rc): `MoE.forward`; at 567239fcd4 (after): `forward` calls `forward_impl`,
+  under torch.compile through an operator that finds the layer by its number.
+- fused_moe_cutlass.py at 000a01de66 (1.0.0rc4): `forward` splits the step into chunks, each applies; even
+  ones on another stream (here: `where`), which is waited for at the end.
 - fused_moe_triton.py at 00131d71bc: the quantisation method routes from the logits.
 - fused_moe_trtllm_gen.py at 026946f023: `forward_impl` applies only where rows are exchanged first.
 - configurable_moe.py at 04c2347be3 and moe_scheduler.py at 0150f78ea2 (after 1.2): a layer around a backend.
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrt_llm._torch.modules.fused_moe.routing import DeepSeekV3MoeRoutingMethod
-from tensorrt_llm._torch.utils import SINGLE
+from tensorrt_llm._torch.utils import SINGLE, get_model_extra_attrs, is_torch_compiling
 
 
 class MoE(nn.Module):
@@ -44,6 +46,7 @@ class MoE(nn.Module):
         self.moe_max_num_tokens = moe_max_num_tokens or 8192
         self.scale = nn.Parameter(1.0 + torch.arange(num_experts, dtype=torch.float32), requires_grad=False)
         self.calls: list[tuple[Tensor, Tensor]] = []  # ids and weights that reached the experts
+        self.where, self.places = "main", list[str]()
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self.calls.append((ids, weights))
@@ -64,11 +67,14 @@ class MoE(nn.Module):
         sizes = self.split_chunk(len(x), num_chunks)
         pairs = list(zip(x.split(sizes), router_logits.split(sizes), strict=True))
         outputs = []
-        for chunk, logits in pairs:
+        for index, (chunk, logits) in enumerate(pairs):
+            self.where = "aux" if index % 2 == 0 and num_chunks > 1 else "main"
+            self.places.append(self.where)
             is_used = len(chunk) > 0
             if not is_used and self.use_dp:  # every rank takes as many turns: the first chunk stands in
                 chunk, logits = pairs[0]
             outputs += [self.forward_chunk(chunk, logits)][: 1 if is_used else 0]
+        self.where = "main, joined"
         return torch.cat(outputs) if outputs else x
 
 
@@ -86,7 +92,39 @@ class CutlassFusedMoE(MoE):
         return self.run_chunks(x, router_logits)
 
 
+@torch.library.custom_op("trtllm::moe_custom_op", mutates_args=())
+def moe_custom_op(
+    layer_idx: str,
+    x: Tensor,
+    router_logits: Tensor,
+    do_finalize: bool,
+    output_dtype: torch.dtype | None,
+    all_rank_num_tokens: list[int] | None,
+    use_dp_padding: bool | None,
+) -> list[Tensor]:
+    attributes = get_model_extra_attrs()
+    assert attributes is not None
+    output: Tensor = attributes["moe_layers"][layer_idx]().forward_impl(
+        x,
+        router_logits,
+        do_finalize=do_finalize,
+        output_dtype=output_dtype,
+        all_rank_num_tokens=all_rank_num_tokens,
+        use_dp_padding=use_dp_padding,
+    )
+    return [output]
+
+
+@moe_custom_op.register_fake
+def _(layer_idx: str, x: Tensor, *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
+
+
 class _WithImpl(MoE):
+    @property
+    def register_to_config(self) -> bool:
+        return self.layer_idx is not None
+
     def forward(
         self,
         x: Tensor,
@@ -96,6 +134,10 @@ class _WithImpl(MoE):
         all_rank_num_tokens: list[int] | None = None,
         use_dp_padding: bool | None = None,
     ) -> Tensor:
+        if self.register_to_config and is_torch_compiling():
+            options = (do_finalize, output_dtype, all_rank_num_tokens, use_dp_padding)
+            compiled: Tensor = moe_custom_op(str(self.layer_idx), x, router_logits, *options)[0]
+            return compiled
         return self.forward_impl(
             x,
             router_logits,

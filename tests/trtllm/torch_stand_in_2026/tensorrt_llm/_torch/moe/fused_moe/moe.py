@@ -107,6 +107,12 @@ class MarlinFusedMoE(MoEImplBase):
         return super().run_moe(x, ids, weights, router_logits)
 
 
+class MarlinCudaNvfp4Impl(MarlinFusedMoE):
+    """marlin/nvfp4.py at af978d1ca1, marlin/identity.py at 829486f6f9: Marlin is the provider there."""
+
+    descriptor = MoEImplDescriptor(MoEImplId("marlin", "cuda", "fused_moe", "nvfp4"))
+
+
 class TrtllmGenFusedMoEBase(MarlinFusedMoE):
     """trtllm_gen/base.py: routes in its kernel unless the top-k is computed before."""
 
@@ -120,6 +126,12 @@ class TrtllmTrtllmGenNvfp4Impl(TrtllmGenFusedMoEBase):
     def try_fused_route_quant(self, x: Tensor, router_logits: Tensor) -> tuple[Tensor, ...] | None:
         ids = router_logits.topk(self.routing_method.experts_per_token).indices
         return ids.to(torch.int32), torch.ones(ids.shape), x, x
+
+
+class PrimsTSNvfp4FusedMoE(TrtllmGenFusedMoEBase):
+    """fused_moe_prims_ts.py at 0f271ef0eb: has the routing method from before, for its own routing."""
+
+    descriptor = MoEImplDescriptor(MoEImplId("flashinfer", "cutedsl", "prims_ts", "nvfp4"))
 
 
 class MoE(nn.Module):
