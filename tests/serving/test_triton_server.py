@@ -380,7 +380,8 @@ def test_streams_end_before_a_server_that_is_told_to_stop(tmp_path: Path) -> Non
 
 
 def test_the_dial_is_turned_while_it_serves(tmp_path: Path, expected: str) -> None:
-    """Without `--control` these inputs are not there."""
+    """Without `--control` these inputs are not there. In shadow the text is the model's own, and the counts
+    are XShare's."""
     with running_server(tmp_path, "--coverage", "0.97", "--control") as server:
 
         def turn(**request: Any) -> tuple[int, str]:
@@ -388,14 +389,39 @@ def test_the_dial_is_turned_while_it_serves(tmp_path: Path, expected: str) -> No
             status, answer = server.call("POST", "/v2/models/tensorrt_llm/generate", body)
             return status, json.loads(answer).get("text_output") or json.loads(answer)["error"]
 
-        wait_for(lambda: server.metrics().get("xshare_coverage") == pytest.approx(0.97))
-        assert server.metrics()["xshare_enabled"] == 1
-        assert turn(xshare="off") == (200, "off")
-        wait_for(lambda: server.metrics()["xshare_enabled"] == 0)
-        assert turn(xshare_coverage=0.5)[1].startswith("warmup: 1\ncoverage: 0.5")
-        wait_for(lambda: server.metrics()["xshare_coverage"] == 0.5 and server.metrics()["xshare_enabled"])
+        def state() -> tuple[float, ...]:
+            metrics = server.metrics()
+            return tuple(metrics.get(f"xshare_{name}", -1.0) for name in ("enabled", "shadow", "coverage"))
+
+        def say() -> tuple[list[str], float]:
+            """Texts of eight sequences decoded together, and the active experts of layer 0 as a share of the
+            model's own."""
+            names = [f'xshare_experts_{when}_total{{layer="0"}}' for when in ("before", "after")]
+            before = server.metrics()
+            with ThreadPoolExecutor(8) as pool:
+                texts = list(pool.map(lambda n: server.generate(f"{PROMPT} {n}", 40, end_id=-1), range(8)))
+            goal = before["xshare_output_tokens_total"] + 8 * 40
+            after = wait_for(lambda: m if (m := server.metrics())["xshare_output_tokens_total"] == goal else 0)
+            own, active = (after[name] - before.get(name, 0.0) for name in names)
+            return texts, active / own
+
+        wait_for(lambda: state() == (1, 0, pytest.approx(0.97)))
+        assert turn(xshare="off") == (200, "warmup: 1\ncoverage: 0.97\nutility: squared_weight\nmode: 'off'")
+        wait_for(lambda: state() == (0, 0, 1))
+        own_texts, share = say()
+        assert share == 1
+        assert turn(xshare_coverage=0.5)[1].endswith("mode: 'off'")  # what is not named stays
+        assert "mode: shadow" in turn(xshare="shadow")[1]
+        wait_for(lambda: state() == (0, 1, 0.5))
+        texts, share = say()
+        assert texts == own_texts and share < 0.8
+        assert "mode: 'on'" in turn(xshare="on", xshare_coverage=0.25)[1]
+        wait_for(lambda: state() == (1, 0, 0.25))
+        texts, share = say()
+        assert texts != own_texts and share < 0.8
         assert "coverage must be less than or equal to 1" in turn(xshare_coverage=2.0)[1]
-        assert "must be on or off" in turn(xshare="shadow")[1]
+        assert "must be on, shadow, off" in turn(xshare="loud")[1]
+        assert state() == (1, 0, 0.25) and server.metrics()["xshare_dial_refused"] == 0
         assert server.generate(PROMPT, 12) == expected  # a row alone keeps its own routing
 
 

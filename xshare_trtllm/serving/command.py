@@ -44,7 +44,7 @@ _LENGTH = 512  # tokens of a prompt and of an answer on the CPU
     help="Names of the text model and its inputs.  [default: llmapi; tensorrtllm: inflight_batcher_llm]",
 )
 @click.option("--streaming/--no-streaming", default=True, show_default=True, help="Decoupled models.")
-@click.option("--control", is_flag=True, help="cpu: requests may turn XShare's dial.")
+@click.option("--control", is_flag=True, help="Requests may turn XShare's dial (cpu, trtllm-torch).")
 @click.option(
     "--ep-size", type=int, default=1, show_default=True, help="GPUs that the experts are spread over."
 )

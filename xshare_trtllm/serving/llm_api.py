@@ -16,30 +16,33 @@ import threading
 from collections import Counter
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request, Times
+from xshare_trtllm.serving.llm_ranks import Routing, RoutingWatch
 from xshare_trtllm.serving.metrics import Statistics
+from xshare_trtllm.trtllm.setting import Setting
 
 
 class LLMEngine:
-    """`submit`, `cancel`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
+    """`submit`, `cancel`, `configure`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
 
-    settings  `llm` (arguments of LLM), `limits`, `config` (of an XShareConfig; None: own routing),
-              `xshare` (the YAML file with it, or None)
+    settings  `llm` (arguments of LLM), `limits`, `xshare` (the YAML file with XShare's setting; None: the
+              model's own routing)
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        if settings["xshare"] is not None:
+        self._xshare: Path | None = settings["xshare"] and Path(settings["xshare"]).resolve()
+        if self._xshare is not None:
             from xshare_trtllm.trtllm import use
 
-            use(settings["xshare"])  # before LLM is made, so that its workers have it
+            use(self._xshare)  # before LLM is made, so that its workers have it
         llm_api: Any = import_module("tensorrt_llm")
         self._sampling_params = llm_api.SamplingParams
         self._limits = Limits(**settings["limits"])
-        config = settings["config"]
-        self._coverage = None if config is None else config.get("coverage", 1.0)
         self._llm = llm_api.LLM(**settings["llm"])
+        self._watch = None if self._xshare is None else RoutingWatch(self._xshare)
         self._numbers = itertools.count()
         self._running: dict[int, Any] = {}
         self._finished: Counter[str] = Counter()
@@ -50,9 +53,26 @@ class LLMEngine:
 
     @property
     def statistics(self) -> Statistics:
-        """Without layers: the routing statistics stay on the GPUs."""
-        finished, tokens = dict(self._finished), self._output_tokens
-        return Statistics(finished=finished, output_tokens=tokens, coverage=self._coverage)
+        """Of the routing: what the ranks' last reports say."""
+        routing = Routing() if self._watch is None else self._watch.routing
+        return Statistics(
+            routing.layers,
+            dict(self._finished),
+            self._output_tokens,
+            setting=routing.setting,
+            is_refused=routing.is_refused,
+        )
+
+    @property
+    def setting(self) -> Setting | None:
+        """What the workers' file says; they have it, or will soon, or refuse it. Raises ValueError where it
+        says nothing, OSError where it cannot be read."""
+        return None if self._xshare is None else Setting.from_yaml(self._xshare)
+
+    def configure(self, setting: Setting) -> None:
+        """Another setting, which the workers take over at a step of theirs (trtllm/dial.py)."""
+        assert self._xshare is not None, "a repository without a configuration has no control"
+        setting.to_yaml(self._xshare)
 
     @property
     def vocabulary(self) -> int:
@@ -85,6 +105,8 @@ class LLMEngine:
             self.cancel(number)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if self._watch is not None:
+            self._watch.close()
         self._llm.shutdown()
 
     def _parameters(self, request: Request) -> Any:

@@ -46,7 +46,7 @@ class Repository:
     limits     of `cpu` and `trtllm-torch`; max_batch_size and max_queue_size of all
     contract   of `CONTRACTS`, what clients call the text model and its inputs; `tensorrtllm` has the old one
     streaming  decoupled models: a request may ask for a stream. Without it, plain `infer` calls work
-    control    requests may turn XShare's dial (`cpu`)
+    control    requests may turn XShare's dial (`cpu`, `trtllm-torch`)
     ep_size    GPUs that the experts are spread over: budgets and statistics per GPU on `cpu`,
                moe_expert_parallel_size on `trtllm-torch`
     tp_size    GPUs of `trtllm-torch`
@@ -124,8 +124,7 @@ def _check(repository: Repository) -> None:
         raise ValueError(f"contract {repository.contract!r}: must be one of {', '.join(CONTRACTS)}")
     if not (repository.engine / "config.json").is_file():
         raise ValueError(f"{repository.engine}: has no config.json")
-    if repository.control and repository.back_end != "cpu":
-        raise ValueError("control: is for the back end cpu")
+    _check_control(repository)
     if repository.settings and repository.back_end == "cpu":
         raise ValueError(f"{next(iter(repository.settings))}: the back end cpu has no such settings")
     if repository.back_end != "tensorrtllm":
@@ -136,6 +135,17 @@ def _check(repository: Repository) -> None:
         raise ValueError("an engine has its budget inside: give the budget to `trtllm-build`")
     if repository.plugin is None or not repository.plugin.is_file():
         raise ValueError(f"plugin library {repository.plugin}: is not there; build it, or name it")
+
+
+def _check_control(repository: Repository) -> None:
+    if not repository.control or repository.back_end == "cpu":
+        return
+    if repository.back_end == "tensorrtllm":
+        raise ValueError("control: is not for an engine, which has its budget inside")
+    if repository.config is None:
+        raise ValueError("control: needs a configuration, workers that start without XShare cannot get it")
+    if repository.settings.get("enable_attention_dp"):
+        raise ValueError("control: not with enable_attention_dp, where the workers' dial is fixed")
 
 
 def _check_config(repository: Repository) -> None:
