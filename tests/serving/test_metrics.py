@@ -42,7 +42,8 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
 
 def test_prometheus_sees_the_totals() -> None:
     prometheus = pytest.importorskip("prometheus_client", reason="needs prometheus-client")
-    statistics = Statistics((LAYER,) * 2, {"length": 3, "cancelled": 1}, 50, 4, 2, 1, Setting(XShareConfig(coverage=0.97)))
+    setting = Setting(XShareConfig(coverage=0.97))
+    statistics = Statistics((LAYER,) * 2, {"length": 3, "cancelled": 1}, 50, 4, 2, 1, setting)
     registry = prometheus.CollectorRegistry()
     registry.register(PrometheusCollector(lambda: statistics))
     text = prometheus.generate_latest(registry).decode()

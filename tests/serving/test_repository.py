@@ -370,6 +370,8 @@ def test_what_is_no_engine_is_refused(engine: Path, plugin: Path, tmp_path: Path
         write_repository(Repository("tensorrtllm", engine, MODEL_DIR, XShareConfig(24), plugin=plugin), path)
     with pytest.raises(ValueError, match=r"has no tokenizer_config\.json"):
         write_repository(Repository("tensorrtllm", engine, engine, plugin=plugin), path)
+    with pytest.raises(ValueError, match="control: is not for an engine"):
+        write_repository(Repository("tensorrtllm", engine, MODEL_DIR, plugin=plugin, control=True), path)
     (engine / "rank1.engine").unlink()
     with pytest.raises(ValueError, match=r"has no rank1\.engine"):
         write_repository(Repository("tensorrtllm", engine, MODEL_DIR, plugin=plugin), path)
@@ -378,6 +380,19 @@ def test_what_is_no_engine_is_refused(engine: Path, plugin: Path, tmp_path: Path
     with pytest.raises(ValueError, match="the back end cpu has no such settings"):
         write_repository(Repository("cpu", MODEL_DIR, MODEL_DIR, settings={"a": 1}), path)
     assert not path.exists()
+
+
+def test_a_dial_that_workers_cannot_turn_is_refused(tmp_path: Path) -> None:
+    repository = Repository("trtllm-torch", MODEL_DIR, MODEL_DIR, control=True)
+    with pytest.raises(ValueError, match="control: needs a configuration"):
+        write_repository(repository, tmp_path / "repo")
+    repository = replace(repository, config=XShareConfig(coverage=0.9))
+    with pytest.raises(ValueError, match="control: not with enable_attention_dp"):
+        write_repository(replace(repository, settings={"enable_attention_dp": True}), tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+    write_repository(repository, tmp_path / "repo")
+    inputs = tensors(read(tmp_path / "repo")["tensorrt_llm"].input)
+    assert {"xshare", "xshare_coverage"} <= inputs.keys()
 
 
 @pytest.mark.parametrize("back_end", ["cpu", "trtllm-torch"])

@@ -400,8 +400,9 @@ def test_the_dial_is_turned_while_it_serves(tmp_path: Path, expected: str) -> No
             before = server.metrics()
             with ThreadPoolExecutor(8) as pool:
                 texts = list(pool.map(lambda n: server.generate(f"{PROMPT} {n}", 40, end_id=-1), range(8)))
-            goal = before["xshare_output_tokens_total"] + 8 * 40
-            after = wait_for(lambda: m if (m := server.metrics())["xshare_output_tokens_total"] == goal else 0)
+            tokens = "xshare_output_tokens_total"
+            goal = before[tokens] + 8 * 40
+            after = wait_for(lambda: now if (now := server.metrics())[tokens] == goal else None)
             own, active = (after[name] - before.get(name, 0.0) for name in names)
             return texts, active / own
 

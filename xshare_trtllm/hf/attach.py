@@ -42,7 +42,7 @@ def attach(
                             drafts (1 + draft length) of the same tokens would compute, in a single pass
     expert_gpu  [E] int, the GPU that holds each expert
     step_tokens positions of a step for `stepwise`, whose first one is the prompt and keeps its own routing
-    shadow      the model's own routing, with the statistics that XShare would have (XSHARE_SHADOW in xshare.h)
+    shadow      the model's own routing, with the statistics that XShare would have (XSHARE_SHADOW)
 
     A pass of one token per sequence is always one batch.
 

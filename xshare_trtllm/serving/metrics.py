@@ -156,9 +156,7 @@ class StatisticsClock:
     def _read(self) -> None:
         layers = add_layers(self.statistics.layers, read_layers(self._attached))
         self._attached.reset_stats()
-        self.statistics = Statistics(
-            layers, dict(self._finished), self._output_tokens, setting=self._setting
-        )
+        self.statistics = Statistics(layers, dict(self._finished), self._output_tokens, setting=self._setting)
 
 
 class TritonPublisher:
