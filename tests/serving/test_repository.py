@@ -370,6 +370,11 @@ def test_what_is_no_engine_is_refused(engine: Path, plugin: Path, tmp_path: Path
         write_repository(Repository("tensorrtllm", engine, MODEL_DIR, XShareConfig(24), plugin=plugin), path)
     with pytest.raises(ValueError, match=r"has no tokenizer_config\.json"):
         write_repository(Repository("tensorrtllm", engine, engine, plugin=plugin), path)
+    accumulating = Repository(
+        "tensorrtllm", engine, MODEL_DIR, plugin=plugin, settings={"accumulate_tokens": True}
+    )
+    with pytest.raises(ValueError, match="accumulate_tokens: an engine's stream holds what is new"):
+        write_repository(accumulating, path)
     with pytest.raises(ValueError, match="control: is not for an engine"):
         write_repository(Repository("tensorrtllm", engine, MODEL_DIR, plugin=plugin, control=True), path)
     (engine / "rank1.engine").unlink()
