@@ -135,3 +135,19 @@ def test_the_command_says_how_it_is_called(words: list[str]) -> None:
     command = [sys.executable, "-m", "xshare_trtllm.serving.supervise", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "message"),
+    [
+        ("no-such-server", {}, "no-such-server: is not on PATH"),
+        ("true", {"DRAIN_SECONDS": "1m"}, "DRAIN_SECONDS=1m: must be a number from 0 on"),
+        ("true", {"RESTARTS": "-1"}, "RESTARTS=-1: must be a number from 0 on"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(command: str, environment: dict[str, str], message: str) -> None:
+    words = [sys.executable, "-m", "xshare_trtllm.serving.supervise", "127.0.0.1:1", "a", "--", command]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=30, env={**os.environ, **environment}
+    )
+    assert done.returncode == 1 and done.stderr == f"xshare: {message}\n"

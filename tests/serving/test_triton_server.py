@@ -442,8 +442,10 @@ def test_without_streaming_plain_infer_works(tmp_path: Path, expected: str) -> N
     import tritonclient.grpc as grpc
     import tritonclient.http as http_client
 
-    contract = CONTRACTS["inflight_batcher_llm"]
-    with running_server(tmp_path, "--no-streaming", "--contract", "inflight_batcher_llm") as server:
+    contract_name = "inflight_batcher_llm"
+    contract = CONTRACTS[contract_name]
+    limits = ["--max-batch-size", "1", "--max-queue-size", "1"]
+    with running_server(tmp_path, "--no-streaming", "--contract", contract_name, *limits) as server:
         for module, port in ((http_client, server.http_port), (grpc, server.grpc_port)):
             client = module.InferenceServerClient(f"127.0.0.1:{port}")
             values = {"text_input": PROMPT, "max_tokens": 12}
@@ -452,3 +454,12 @@ def test_without_streaming_plain_infer_works(tmp_path: Path, expected: str) -> N
             assert output.reshape(-1)[0].decode() == expected
             client.close()
         assert "written with --no-streaming" in server.generate(PROMPT, stream=True)[1]
+        inputs = [{"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": [PROMPT]}]
+        for name, value in (("max_tokens", 200), ("end_id", -1)):
+            inputs.append({"name": name, "datatype": "INT32", "shape": [1, 1], "data": [value]})
+        with ThreadPoolExecutor(6) as pool:
+            body = {"inputs": inputs}
+            asked = pool.map(lambda _: server.call("POST", "/v2/models/ensemble/infer", body), range(6))
+            answers = list(asked)
+        assert {status for status, _ in answers} == {200, 503}
+        assert all(b"1 requests are waiting" in data for status, data in answers if status == 503)

@@ -64,9 +64,12 @@ class Server:
         self._headers = {name: self._key}
         environment = {**os.environ, "XSHARE_RESTARTS": str(restarts)}
         words = [word for part in command for word in (control if part == "@control" else [part])]
-        self.process = subprocess.Popen(
-            words, env=environment, start_new_session=True, preexec_fn=_end_with_parent
-        )
+        try:
+            self.process = subprocess.Popen(
+                words, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+            )
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{words[0]}: is not on PATH") from None
 
     def is_broken(self) -> bool:
         """True where the server or a process of a model has ended."""
@@ -152,6 +155,8 @@ class Supervisor:
 
     def __init__(self, url: str, models: Sequence[str], command: Sequence[str]) -> None:
         self._arguments = url, models, command
+        self._drain_seconds = _number("DRAIN_SECONDS", 60)  # before it is needed
+        self._limit = int(_number("RESTARTS", 5))
         self._signals = 0
         self._starts: deque[float] = deque()
         self._restarts = 0
@@ -160,7 +165,6 @@ class Supervisor:
         """The exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        limit = int(os.environ.get("RESTARTS", "5"))
         while True:
             server = Server(*self._arguments, self._restarts)
             try:
@@ -174,8 +178,8 @@ class Supervisor:
             if not server.was_ready:
                 _say("the server ended before it was ready")
                 return 1
-            if not self._may_restart(limit):
-                _say(f"{limit} restarts within {RESTART_WINDOW:.0f} s did not help")
+            if not self._may_restart():
+                _say(f"{self._limit} restarts within {RESTART_WINDOW:.0f} s did not help")
                 return 1
             pause = min(2.0 ** (len(self._starts) - 1), LONGEST_PAUSE)
             _say(f"the server or a process of its models has ended: starting it again in {pause:.0f} s")
@@ -187,7 +191,7 @@ class Supervisor:
 
     def _drain(self, server: Server) -> bool:
         """True where every request was finished."""
-        deadline = time.monotonic() + float(os.environ.get("DRAIN_SECONDS", "60"))
+        deadline = time.monotonic() + self._drain_seconds
         is_done = True
         if server.was_ready:
             for _ in server.unload():
@@ -198,13 +202,13 @@ class Supervisor:
                 time.sleep(POLL)
         return is_done and server.stop()  # else it is killed
 
-    def _may_restart(self, limit: int) -> bool:
+    def _may_restart(self) -> bool:
         now = time.monotonic()
         while self._starts and now - self._starts[0] > RESTART_WINDOW:
             self._starts.popleft()
         self._starts.append(now)
         self._restarts += 1
-        return len(self._starts) <= limit
+        return len(self._starts) <= self._limit
 
     def _sleep(self, seconds: float) -> bool:
         """False where a signal came meanwhile."""
@@ -212,6 +216,15 @@ class Supervisor:
         while time.monotonic() < deadline and not self._signals:
             time.sleep(POLL)
         return not self._signals
+
+
+def _number(name: str, default: float) -> float:
+    """An environment variable, from 0 on. Raises ValueError, naming it."""
+    text = os.environ.get(name, str(default))
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise ValueError(f"{name}={text}: must be a number from 0 on")
 
 
 def _say(message: str) -> None:
@@ -223,7 +236,11 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     if split < 3 or split + 1 >= len(sys.argv):
         raise SystemExit("usage: python3 -m xshare_trtllm.serving.supervise HOST:PORT MODEL... -- COMMAND...")
-    raise SystemExit(Supervisor(sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]).run())
+    try:
+        code = Supervisor(sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]).run()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"xshare: {error}") from None
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":
