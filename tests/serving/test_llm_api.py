@@ -8,6 +8,7 @@ import asyncio
 import json
 import queue
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from triton_client import running_server, wait_for
+from triton_client import Stream, running_server, wait_for
 
 from xshare_trtllm import XShareConfig
 from xshare_trtllm.evaluation import MODEL_DIR
+from xshare_trtllm.serving import llm_api
 from xshare_trtllm.serving.generation import Busy, Chunk, Limits, Request, Times
 from xshare_trtllm.serving.llm_api import LLMEngine
 from xshare_trtllm.serving.llm_ranks import Routing, read_routing
@@ -64,7 +66,7 @@ class Result:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """`tensorrt_llm`, and what was asked of it."""
-    seen = SimpleNamespace(asked=[], steps=[], results=[])
+    seen = SimpleNamespace(asked=[], steps=[], results=[], is_dead=False)
 
     class LLM:
         def __init__(self, **arguments: Any) -> None:
@@ -75,6 +77,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
             seen.asked.append((inputs, sampling_params, streaming))
             seen.results.append(Result(seen.steps))
             return seen.results[-1]
+
+        def _check_health(self) -> bool:
+            return not seen.is_dead
 
         def shutdown(self) -> None:
             seen.is_shut_down = True
@@ -159,6 +164,36 @@ def test_a_full_queue_refuses_and_cancels_reach_the_request(made: SimpleNamespac
     engine.cancel(numbers[1])
     assert [result.is_aborted for result in made.results] == [False, True]
     assert Limits(**LIMITS).max_queue_size == 1
+
+
+@pytest.mark.parametrize("is_rank", [False, True], ids=["the LLM says so", "a rank's process is gone"])
+def test_contract_a_death_ends_what_it_has_and_is_told(
+    made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, is_rank: bool
+) -> None:
+    monkeypatch.setattr(llm_api, "PERIOD", 0.05)
+    monkeypatch.setattr("xshare_trtllm.trtllm.use", lambda path: None)
+    report(folder, 0)
+    report(folder, 1)
+    has_died, chunks = threading.Event(), queue.Queue[Chunk]()
+    engine = LLMEngine({**SETTINGS, "xshare": folder.config_path}, has_died.set)
+    made.steps = [Output("a", [1])]
+    engine._follow = no_answer  # type: ignore[assignment,method-assign]
+    engine.submit(Request((1,), 4), chunks.put)
+    assert not has_died.wait(0.2)
+    if is_rank:
+        report(folder, 1, pid=2**22 + 1)  # no process has such a number
+    else:
+        made.is_dead = True
+    assert has_died.wait(20)
+    assert chunks.get(timeout=1).error == "the model's process ended; try again"
+    with pytest.raises(Busy, match="the model's process has ended"):
+        engine.submit(Request((1,), 4), chunks.put)
+    engine.close()
+    assert chunks.empty()
+
+
+async def no_answer(_number: int) -> None:
+    """In place of an LLM's, which may hang where a rank is gone."""
 
 
 # ---- The routing's metrics and its dial --------------------------------------------------------------------
@@ -275,3 +310,14 @@ def test_contract_metrics_and_dial_on_the_real_server(tmp_path: Path) -> None:
         Setting(XShareConfig(coverage=0.5, warmup=0), "on").to_yaml(file)  # an operator's own edit
         wait_for(lambda: say() and server.metrics()["xshare_dial_refused"] == 1)
         assert state() == (0, 0, 1)
+        file.write_text("coverage: 0.5\n")
+        stream = Stream(server)
+        stream.send("The end", 2000, end_id=-1)
+        stream.take()
+        (tmp_path / "llm-is-dead").touch()
+        assert "the model's process ended; try again" in stream.read()[1]
+        stream.close()
+        wait_for(lambda: not server.is_ready())
+        wait_for(server.is_ready, 60)
+        say()
+        assert server.metrics()["xshare_engine_restarts_total"] == 1 and state() == (1, 0, 0.5)

@@ -8,15 +8,12 @@ batch: one rank of each stage is read, for the stage's layers.
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from xshare_trtllm.trtllm.run_folder import RunFolder
+from xshare_trtllm.trtllm.run_folder import RunFolder, is_alive
 from xshare_trtllm.trtllm.serving import rank_problem
 from xshare_trtllm.trtllm.setting import Setting
 
-PERIOD = 1.0  # seconds between two looks
 _COUNTS = 10  # per layer, as in `metrics.read_layers`
 
 
@@ -26,11 +23,13 @@ class Routing(NamedTuple):
     layers      as in `Statistics`; a step is one of the rank's engine, prefill and warm-up included
     setting     of all ranks; None where one of them is missing, or routes without XShare
     is_refused  a rank refuses what its file says
+    dead        ranks whose process has ended
     """
 
     layers: tuple[tuple[int, ...], ...] = ()
     setting: Setting | None = None
     is_refused: bool = False
+    dead: tuple[int, ...] = ()
 
 
 def read_routing(folder: RunFolder) -> Routing:
@@ -50,6 +49,7 @@ def read_routing(folder: RunFolder) -> Routing:
         tuple(layers),
         Setting.from_dict(settings[0]) if is_whole and agrees else None,
         any(report["refused"] is not None for report in reports),
+        tuple(report["rank"] for report in reports if not is_alive(report)),
     )
 
 
@@ -61,25 +61,3 @@ def _layers(report: dict[str, Any]) -> list[tuple[int, ...]]:
     return [
         (*counted[layer], steps) if layer in counted else (0,) * _COUNTS for layer in range(report["layers"])
     ]
-
-
-class RoutingWatch:
-    """Looks once a second, on a thread of its own: a slow file system delays no answer.
-
-    xshare  the YAML file that the server was started with
-    """
-
-    def __init__(self, xshare: Path) -> None:
-        self._folder = RunFolder(xshare)
-        self._is_closing = threading.Event()
-        self.routing = read_routing(self._folder)
-        self._thread = threading.Thread(target=self._look, name="xshare-routing", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._is_closing.set()
-        self._thread.join(timeout=5)
-
-    def _look(self) -> None:
-        while not self._is_closing.wait(PERIOD):
-            self.routing = read_routing(self._folder)

@@ -133,8 +133,8 @@ def _check(repository: Repository) -> None:
     _engine_ranks(repository.engine)
     if "accumulate_tokens" in repository.settings:
         raise ValueError(
-            "accumulate_tokens: an engine's stream holds what is new, and in an ensemble nobody keeps the rest; "
-            "clients that want the text so far: --backend trtllm-torch"
+            "accumulate_tokens: an engine's stream holds what is new, in an ensemble nobody keeps the rest; "
+            "for the text so far: --backend trtllm-torch"
         )
     if repository.config is not None:
         raise ValueError("an engine has its budget inside: give the budget to `trtllm-build`")

@@ -148,7 +148,7 @@ class TritonPythonModel:
         arguments = yaml.safe_load((folder / "model.yaml").read_text(encoding="utf-8"))
         self.penalties = PENALTIES
         xshare = folder / "xshare.yaml" if settings["config"] is not None else None
-        self.engine = LLMEngine({**settings, "llm": arguments, "xshare": xshare})
+        self.engine = LLMEngine({**settings, "llm": arguments, "xshare": xshare}, self.is_over.set)
         self.encode = self.engine.encode
 
     def _submit(self, request: Any, sender: Any) -> None:

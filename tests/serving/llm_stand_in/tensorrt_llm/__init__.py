@@ -17,6 +17,7 @@ from typing import Any
 __path__.append(str(Path(__file__).resolve().parents[3] / "trtllm" / "torch_stand_in" / "tensorrt_llm"))
 
 STEP = 0.002  # seconds
+DEAD = Path("llm-is-dead")  # a file that a test makes
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,7 @@ class LLM:
         self.tokenizer = _Tokenizer(model)
         llm_args = SimpleNamespace(launcher="single")
         self._executor = GenerationExecutor.create("engine", model_world_size=1, llm_args=llm_args)
+        DEAD.unlink(missing_ok=True)
         self._running: dict[int, RequestOutput] = {}
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -107,6 +109,10 @@ class LLM:
         made = RequestOutput(inputs, sampling_params.max_tokens, self.tokenizer.decode)
         self._running[id(made) % 2**31] = made
         return made
+
+    def _check_health(self) -> bool:
+        """As llmapi/llm.py: whether the executor has not been shut down."""
+        return not DEAD.exists()
 
     def shutdown(self) -> None:
         self._is_closing.set()
@@ -120,6 +126,6 @@ class LLM:
             running = dict(self._running)
             if running:
                 self._executor.engine.step(torch.randn(len(running), 32), list(running))
-            for number, result in running.items():
+            for number, result in () if DEAD.exists() else running.items():
                 if not result.grow():
                     del self._running[number]
