@@ -17,6 +17,8 @@ SERVER = """
 import http.server, json, os, sys, threading
 started = open("starts", "a"); started.write(os.environ["XSHARE_RESTARTS"] + "\\n"); started.close()
 open("arguments", "w").write("\\n".join(sys.argv[1:]))
+if os.path.exists("daemon"):
+    os.system("setsid sleep 300 & echo $! > daemon; sleep 0.1")
 states = {"a": "READY", "b": "READY"}
 class Handler(http.server.BaseHTTPRequestHandler):
     def reply(self, status, body=b"[]"):
@@ -110,6 +112,23 @@ def test_a_dead_server_is_started_again_under_a_limit(tmp_path: Path) -> None:
     os.kill(supervised.server(), signal.SIGKILL)
     code, said = supervised.end()
     assert code == 1 and "1 restarts within 600 s did not help" in said
+
+
+def test_what_a_dead_server_has_started_ends_too(tmp_path: Path) -> None:
+    """As MPI's daemons and their ranks do, it runs in a session of its own and its parent has ended."""
+    (tmp_path / "daemon").touch()
+    supervised = Supervised(tmp_path)
+    supervised.wait_for_starts(1)
+    daemons = []
+    for restart in (True, False):
+        daemons.append(psutil.Process(int(supervised.read("daemon")[0])))
+        assert daemons[-1].is_running() and daemons[-1].ppid() == supervised.process.pid
+        if restart:
+            psutil.Process(supervised.server()).kill()
+            supervised.wait_for_starts(2)
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.end()
+    assert daemons[0] != daemons[1] and not any(daemon.is_running() for daemon in daemons)
 
 
 def test_a_killed_supervisor_leaves_no_server(tmp_path: Path) -> None:

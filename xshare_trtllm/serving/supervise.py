@@ -34,7 +34,7 @@ LAST_ANSWERS = 0.5  # seconds for errors on their way to clients, before a broke
 EXIT_TIMEOUT = 10  # seconds for the server to end when it has no requests any more
 RESTART_WINDOW = 600.0  # seconds that restarts are counted over
 LONGEST_PAUSE = 30.0  # seconds
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _STUB = "triton_python_b"  # as the kernel cuts triton_python_backend_stub
 
 
@@ -101,10 +101,12 @@ class Server:
         return code == 0
 
     def kill(self) -> None:
-        """End what is left of it, shared memory included."""
+        """End what is left of it, wherever its processes went: they hold the GPUs' memory. And its shared
+        memory."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        _kill_children()
         for region in Path("/dev/shm").glob(f"{self._shared_memory}*"):
             region.unlink(missing_ok=True)
 
@@ -131,16 +133,43 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _stubs(root: int) -> Iterator[int]:
-    """The running Python model processes below `root`. What one of them starts has its name until it becomes
-    what it is to be, and is none."""
-    children: dict[int, list[tuple[int, str, str]]] = {}  # by parent: process, name, state
+def _adopt_orphans() -> None:
+    """What processes of the server start, in sessions of their own too (MPI's daemons and ranks, the model's
+    process), become children of this process when their parents end."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _kill_children() -> None:
+    """All children of this process, and theirs, for all of which it is the parent in the end."""
+    deadline = time.monotonic() + EXIT_TIMEOUT  # one that waits for a device may not even be killed
+    while time.monotonic() < deadline:
+        for pid, _, _ in _children().get(os.getpid(), ()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
+
+
+def _children() -> dict[int, list[tuple[int, str, str]]]:
+    """All processes by their parent: number, name, state."""
+    children: dict[int, list[tuple[int, str, str]]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # it has just ended
                 head, _, rest = (entry / "stat").read_text().rpartition(")")
                 state, parent = rest.split()[:2]
                 children.setdefault(int(parent), []).append((int(entry.name), head.partition("(")[2], state))
+    return children
+
+
+def _stubs(root: int) -> Iterator[int]:
+    """The running Python model processes below `root`. What one of them starts has its name until it becomes
+    what it is to be, and is none."""
+    children = _children()
     left = [root]
     while left:
         for pid, name, state in children.get(left.pop(), ()):
@@ -165,6 +194,7 @@ class Supervisor:
         """The exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        _adopt_orphans()
         while True:
             server = Server(*self._arguments, self._restarts)
             try:
