@@ -38,7 +38,8 @@ def read_routing(folder: RunFolder) -> Routing:
         status = folder.status()
     except RuntimeError:  # no server has run with this file
         return Routing()
-    reports, first = status["ranks"], {}
+    reports: list[dict[str, Any]] = status["ranks"]
+    first: dict[int, dict[str, Any]] = {}  # rank of each stage
     for report in reports:
         first.setdefault(report["stage"], report)
     layers = [counts for stage in sorted(first) for counts in _layers(first[stage])]

@@ -80,10 +80,13 @@ class Worker:
                     self._connection.send(("cancel", number))
 
     def configure(self, setting: Setting) -> None:
-        """Another setting from the next step on."""
+        """Another setting from the next step on. Raises Busy where the process has ended."""
+        with self._lock:
+            if self._is_over or self._is_closing:
+                raise Busy("the model's process has ended: try again later")
+            with suppress(OSError):  # it has just died, and the reader will find it
+                self._connection.send(("configure", -1, setting.to_dict()))
         self.setting = setting
-        with self._lock, suppress(OSError):  # it has just died
-            self._connection.send(("configure", -1, setting.to_dict()))
 
     @property
     def pid(self) -> int:

@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,13 +255,20 @@ class TritonPythonModel:
         return setting.to_yaml().strip()
 
     def _send(self) -> None:
+        try:
+            self._send_chunks()
+        except Exception:  # nobody would get an answer any more: the server is started anew (supervise.py)
+            traceback.print_exc()
+            os._exit(1)
+
+    def _send_chunks(self) -> None:
         check = metrics = 0.0
         while True:
             try:
                 item = self.chunks.get(timeout=CHECK_PERIOD)
             except queue.Empty:
                 if self.is_over.is_set():
-                    os._exit(1)  # no engine any more: the server is started anew (supervise.py)
+                    os._exit(1)  # no engine any more
             else:
                 if item is None:
                     return
