@@ -35,7 +35,7 @@ from xshare_trtllm.trtllm.startup import HOOK_LINE
 
 STAND_IN = Path(__file__).parent / "llm_stand_in"
 LIMITS = {"max_batch_size": 1, "max_queue_size": 1, "max_input_len": 8, "max_output_len": 8}
-SETTINGS = {"llm": {"model": "m"}, "limits": LIMITS, "xshare": None}
+SETTINGS = {"llm": {"model": "m"}, "limits": LIMITS, "end_id": 7, "xshare": None}
 
 
 @dataclass
@@ -147,6 +147,8 @@ def test_contract_ends_penalties_and_seeds(made: SimpleNamespace) -> None:
     assert "the answer ended with timeout" in ask(engine, Request((1,), 4))[-1].error
     first, *_, last = (parameters for _, parameters, _ in made.asked)
     assert first.end_id == 2 and not first.ignore_eos and first.presence_penalty == 0.5
+    assert engine._parameters(Request((1,), 4, end_id=7)).end_id is None  # the model's own
+    assert not engine._parameters(Request((1,), 4, end_id=7)).ignore_eos
     assert first.seed != last.seed  # without one TensorRT-LLM draws the same for all
     made.steps = [Output("a", [1], "length")]
     ask(engine, Request((1,), 4, seed=5))

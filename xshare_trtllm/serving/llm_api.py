@@ -32,8 +32,8 @@ PERIOD = 1.0  # seconds between two looks at the workers
 class LLMEngine:
     """`submit`, `cancel`, `configure`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
 
-    settings  `llm` (arguments of LLM), `limits`, `xshare` (the YAML file with XShare's setting; None: the
-              model's own routing)
+    settings  `llm` (arguments of LLM), `limits`, `end_id` (the tokenizer's), `xshare` (the YAML file with
+              XShare's setting; None: the model's own routing)
     on_death  called on a thread of this object when the LLM, or a rank of it, has ended unasked, after its
               requests got their errors
     """
@@ -47,6 +47,7 @@ class LLMEngine:
         llm_api: Any = import_module("tensorrt_llm")
         self._sampling_params = llm_api.SamplingParams
         self._limits = Limits(**settings["limits"])
+        self._end_id: int | None = settings["end_id"]
         self._llm = llm_api.LLM(**settings["llm"])
         self._on_death = on_death
         self._numbers = itertools.count()
@@ -131,7 +132,8 @@ class LLMEngine:
         return self._sampling_params(
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens or None,
-            end_id=request.end_id,
+            # Its own goes with others, which its generation_config.json names (sampling_params.py, `_setup`).
+            end_id=None if request.end_id == self._end_id else request.end_id,
             ignore_eos=request.end_id is None,
             stop=list(request.stop_words) or None,
             bad=list(request.bad_words) or None,
