@@ -92,7 +92,7 @@ def test_a_batch_gives_what_each_sequence_alone_gives(engine: Engine, decoder: D
 
 def test_a_budget_is_kept_for_the_whole_batch(decoder: Decoder) -> None:
     gpus = contiguous_placement(64, 8)
-    engine = Engine(decoder, TEXTS, XShareConfig(20, warmup=1), LIMITS, expert_gpu=gpus)
+    engine = Engine(decoder, TEXTS, Setting(XShareConfig(20, warmup=1)), LIMITS, expert_gpu=gpus)
     readers = [Reader() for _ in range(4)]
     for prompt, reader in zip(PROMPTS, readers, strict=False):
         engine.submit(Request(prompt, 30), reader)
@@ -188,13 +188,11 @@ def test_shadow_says_what_off_says_and_counts_what_on_would(decoder: Decoder, li
     config = XShareConfig([10 if layer in limited else 64 for layer in range(4)], warmup=0)
     said, counted = {}, {}
     for mode in ("off", "shadow", "on"):
-        engine = Engine(decoder, TEXTS, config, LIMITS)
-        engine.configure(Setting(config, mode))
+        engine = Engine(decoder, TEXTS, Setting(config, mode), LIMITS)
         answers_of_one_batch(engine, 2)
         engine.close()
         counted[mode] = engine.statistics.layers
-        engine = Engine(decoder, TEXTS, config, LIMITS)
-        engine.configure(Setting(config, mode))
+        engine = Engine(decoder, TEXTS, Setting(config, mode), LIMITS)
         said[mode] = answers_of_one_batch(engine, 30)
         engine.close()
     assert said["shadow"] == said["off"] and said["on"] != said["off"]
@@ -327,7 +325,7 @@ def test_a_failing_model_ends_its_batch_only(
 
 
 def test_close_ends_everything_and_detaches(decoder: Decoder) -> None:
-    engine = Engine(decoder, TEXTS, XShareConfig(20), LIMITS)
+    engine = Engine(decoder, TEXTS, Setting(XShareConfig(20)), LIMITS)
     gate, waiting = hold(engine, 40), Reader()
     engine.submit(Request(PROMPTS[1], 5), waiting)
     closing = threading.Thread(target=engine.close)

@@ -146,7 +146,21 @@ def test_a_server_that_is_never_ready_is_not_started_again(tmp_path: Path) -> No
     supervised.wait_for_starts(1)
     os.kill(supervised.server(), signal.SIGKILL)
     code, said = supervised.end()
-    assert code == 1 and "ended before it was ready" in said and supervised.read("starts") == ["0"]
+    assert code == 1 and "ended with code -9, before the server was ready" in said
+    assert supervised.read("starts") == ["0"]
+
+
+def test_one_that_was_ready_once_is_tried_again_where_it_does_not_get_ready(tmp_path: Path) -> None:
+    """As where the model's weights are away for a while."""
+    supervised = Supervised(tmp_path, RESTARTS="3")
+    supervised.wait_for_starts(1)
+    (tmp_path / "broken").touch()
+    for starts in (2, 3):
+        psutil.Process(supervised.server()).kill()
+        supervised.wait_for_starts(starts)
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.end()
+    assert supervised.read("starts") == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("words", [[], ["127.0.0.1:1"], ["127.0.0.1:1", "a", "--"]])

@@ -18,7 +18,7 @@ from xshare_trtllm.serving.worker import Worker
 from xshare_trtllm.trtllm.setting import Setting
 
 LIMITS = {"max_batch_size": 4}
-SETTINGS = {"model": str(MODEL_DIR), "config": None, "ep_size": 1, "limits": LIMITS}
+SETTINGS = {"model": str(MODEL_DIR), "setting": None, "ep_size": 1, "limits": LIMITS}
 
 
 def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:

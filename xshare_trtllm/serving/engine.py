@@ -96,7 +96,7 @@ class Engine:
 
     decoder     used by the engine's thread alone from now on
     texts       the bytes of each token, by `token_texts`
-    config      what XShare may do; None: the model's own routing, which is counted all the same
+    setting     what XShare does; None: the model's own routing, which is counted all the same
     expert_gpu  [E] int, the GPU that holds each expert, for budgets and statistics per GPU
     after_step  called by the engine's thread when all chunks of a step have been handed on
 
@@ -111,7 +111,7 @@ class Engine:
         self,
         decoder: Decoder,
         texts: Sequence[bytes],
-        config: XShareConfig | None = None,
+        setting: Setting | None = None,
         limits: Limits | None = None,
         *,
         expert_gpu: Tensor | None = None,
@@ -123,7 +123,6 @@ class Engine:
             raise ValueError(f"Engine: Decoder(capacity={decoder.capacity}) must hold {needed} tokens")
         self._decoder, self._texts, self._after_step = decoder, texts, after_step
         self._expert_gpu = expert_gpu
-        setting = None if config is None else Setting(config)
         self._attached = self._attach(setting)
         self._asked: list[Setting] = []  # by `configure`, for the engine's thread
         self._waiting: deque[Generation] = deque()
@@ -301,7 +300,7 @@ def sample(logits: Tensor, request: Request, generator: torch.Generator) -> int:
 def load_engine(settings: dict[str, Any], after_step: Callable[[], None] = lambda: None) -> Engine:
     """The engine of the `cpu` back end.
 
-    settings  `model` (folder), `config` (of an XShareConfig, or None), `limits`, `ep_size`
+    settings  `model` (folder), `setting` (of a Setting; None: the model's own routing), `limits`, `ep_size`
     """
     from pathlib import Path
 
@@ -312,12 +311,12 @@ def load_engine(settings: dict[str, Any], after_step: Callable[[], None] = lambd
     folder, limits = Path(settings["model"]), Limits(**settings["limits"])
     model, _ = load_model(folder)
     decoder = Decoder(model, limits.max_input_len + limits.max_output_len)
-    config = None if settings["config"] is None else XShareConfig.from_dict(settings["config"])
+    setting = None if settings["setting"] is None else Setting.from_dict(settings["setting"])
     spec = RouterSpec.from_hf_config(decoder.config)
     return Engine(
         decoder,
         token_texts(load_tokenizer(folder)),
-        config,
+        setting,
         limits,
         expert_gpu=contiguous_placement(spec.num_experts, settings["ep_size"]),
         after_step=after_step,

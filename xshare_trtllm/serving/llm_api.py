@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -158,6 +159,8 @@ class LLMEngine:
                 break
         if self._is_closing.is_set():
             return
+        who = ", ".join(f"rank {rank}" for rank in self._routing.dead) or "the LLM"
+        print(f"xshare: {who} has ended", file=sys.stderr, flush=True)
         self._is_over = True
         for number in list(self._open):
             self._hand_on(number, Chunk(finish="error", error="the model's process ended; try again"))

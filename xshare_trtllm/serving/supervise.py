@@ -71,16 +71,19 @@ class Server:
         except FileNotFoundError:
             raise FileNotFoundError(f"{words[0]}: is not on PATH") from None
 
-    def is_broken(self) -> bool:
-        """True where the server or a process of a model has ended."""
+    def what_has_ended(self) -> str:
+        """The server, or a process of a model that it had; "" where all of them run."""
         if self.process.poll() is not None:
-            return True
-        alive = set(_stubs(self.process.pid))
-        is_lost = bool(self._stubs - alive)
-        self._stubs |= alive
-        if not self.was_ready and not is_lost:
+            return f"the server has ended with code {self.process.returncode}"
+        children = _children()
+        running = {pid for group in children.values() for pid, _, state in group if state not in "ZX"}
+        lost = self._stubs - running
+        if lost:
+            return f"process {lost.pop()} of a model has ended"
+        self._stubs |= set(_stubs(children, self.process.pid)) & running
+        if not self.was_ready:
             self.was_ready = self._call("GET", "/v2/health/ready")[0] == 200
-        return is_lost
+        return ""
 
     def unload(self) -> Iterator[None]:
         """Unloads one model after the other; a step per look at what is left to do."""
@@ -160,23 +163,22 @@ def _children() -> dict[int, list[tuple[int, str, str]]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # it has just ended
-                head, _, rest = (entry / "stat").read_text().rpartition(")")
+                head, _, rest = (entry / "stat").read_text(errors="replace").rpartition(")")
                 state, parent = rest.split()[:2]
                 children.setdefault(int(parent), []).append((int(entry.name), head.partition("(")[2], state))
     return children
 
 
-def _stubs(root: int) -> Iterator[int]:
-    """The running Python model processes below `root`. What one of them starts has its name until it becomes
-    what it is to be, and is none."""
-    children = _children()
+def _stubs(children: dict[int, list[tuple[int, str, str]]], root: int) -> Iterator[int]:
+    """The Python model processes below `root`. What one of them starts has its name until it becomes what it
+    is to be, and is none."""
     left = [root]
     while left:
-        for pid, name, state in children.get(left.pop(), ()):
-            if name != _STUB:
-                left.append(pid)
-            elif state not in "ZX":
+        for pid, name, _ in children.get(left.pop(), ()):
+            if name == _STUB:
                 yield pid
+            else:
+                left.append(pid)
 
 
 class Supervisor:
@@ -189,6 +191,7 @@ class Supervisor:
         self._signals = 0
         self._starts: deque[float] = deque()
         self._restarts = 0
+        self._was_ever_ready = False
 
     def run(self) -> int:
         """The exit code."""
@@ -198,21 +201,22 @@ class Supervisor:
         while True:
             server = Server(*self._arguments, self._restarts)
             try:
-                while not server.is_broken() and not self._signals:
+                while not (ended := server.what_has_ended()) and not self._signals:
                     time.sleep(POLL)
+                self._was_ever_ready |= server.was_ready
                 if self._signals:
                     return 0 if self._drain(server) else 1
                 time.sleep(LAST_ANSWERS)
             finally:
                 server.kill()
-            if not server.was_ready:
-                _say("the server ended before it was ready")
+            if not self._was_ever_ready:
+                _say(f"{ended}, before the server was ready")
                 return 1
             if not self._may_restart():
-                _say(f"{self._limit} restarts within {RESTART_WINDOW:.0f} s did not help")
+                _say(f"{ended}, {self._limit} restarts within {RESTART_WINDOW:.0f} s did not help")
                 return 1
             pause = min(2.0 ** (len(self._starts) - 1), LONGEST_PAUSE)
-            _say(f"the server or a process of its models has ended: starting it again in {pause:.0f} s")
+            _say(f"{ended}: starting the server again in {pause:.0f} s")
             if not self._sleep(pause):
                 return 0
 

@@ -17,7 +17,6 @@ from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
-from xshare_trtllm.config import XShareConfig
 from xshare_trtllm.serving.generation import Busy, Chunk, OnChunk, Request
 from xshare_trtllm.serving.metrics import Statistics
 from xshare_trtllm.trtllm.setting import Setting
@@ -49,8 +48,8 @@ class Worker:
         self._is_closing = False
         self.vocabulary = 0
         self.statistics = Statistics()
-        config = settings["config"]
-        self.setting = None if config is None else Setting(XShareConfig.from_dict(config))
+        setting = settings["setting"]
+        self.setting = None if setting is None else Setting.from_dict(setting)
         self._start(settings)
         self._thread = threading.Thread(target=self._read, name="xshare-worker", daemon=True)
         self._thread.start()

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -148,7 +149,7 @@ class TritonPythonModel:
 
         arguments = yaml.safe_load((folder / "model.yaml").read_text(encoding="utf-8"))
         self.penalties = PENALTIES
-        xshare = folder / "xshare.yaml" if settings["config"] is not None else None
+        xshare = None if settings["setting"] is None else folder / "xshare.yaml"
         self.engine = LLMEngine({**settings, "llm": arguments, "xshare": xshare}, self.is_over.set)
         self.encode = self.engine.encode
 
@@ -259,6 +260,7 @@ class TritonPythonModel:
             self._send_chunks()
         except Exception:  # nobody would get an answer any more: the server is started anew (supervise.py)
             traceback.print_exc()
+            sys.stderr.flush()
             os._exit(1)
 
     def _send_chunks(self) -> None:
