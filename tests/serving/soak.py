@@ -160,7 +160,8 @@ def main() -> None:
         print(f"{ended}; restarts {server.metrics()['xshare_engine_restarts_total']:.0f}")
     assert set(load.became) <= {"finished", "dropped"}, dict(load.became)
     first, last = under_load[0], under_load[-1]
-    assert last.memory < 1.1 * first.memory and last.threads <= first.threads
+    assert last.memory < 1.1 * first.memory
+    assert last.threads <= first.threads + 4  # gRPC's pool has more or less of them
     assert last.files <= first.files + options.clients  # connections that come and go
 
 

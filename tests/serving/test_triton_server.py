@@ -20,7 +20,7 @@ import pytest
 import torch
 from triton_client import Server, Servers, Stream, running_server, triton_input, wait_for
 
-from xshare_trtllm.evaluation import greedy_decode, load_model
+from xshare_trtllm.evaluation import MODEL_DIR, greedy_decode, load_model
 from xshare_trtllm.hf import Decoder
 from xshare_trtllm.serving.contracts import CONTRACTS
 
@@ -355,6 +355,23 @@ def test_a_killed_process_is_replaced(server: Server, expected: str, word: str, 
     [successor] = server.processes(word)
     assert successor.pid != process.pid
     wait_for(lambda: server.metrics().get("xshare_engine_restarts_total") == restarts + 1, 10)
+
+
+def test_a_model_whose_weights_are_away_is_tried_again(tmp_path: Path, expected: str) -> None:
+    model, away = tmp_path / "model", tmp_path / "away"
+    model.mkdir()
+    for file in MODEL_DIR.iterdir():
+        (model / file.name).symlink_to(file)
+    with running_server(tmp_path, "--coverage", "0.97", "--engine", str(model)) as server:
+        [process] = server.processes("xshare_trtllm.serving.worker")
+        model.rename(away)
+        process.kill()
+        wait_for(lambda: "failed to load all models" in server.log.read_text(), 60)
+        assert not server.is_ready()
+        away.rename(model)
+        wait_for(server.is_ready, 90)
+        assert server.generate(PROMPT, 12) == expected
+        wait_for(lambda: server.metrics().get("xshare_engine_restarts_total", 0) >= 2, 10)
 
 
 def test_streams_end_before_a_server_that_is_told_to_stop(tmp_path: Path) -> None:
