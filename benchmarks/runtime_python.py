@@ -30,6 +30,7 @@ from xshare_trtllm.report import console, machine, write_aside, write_json
 from xshare_trtllm.serving.engine import Engine
 from xshare_trtllm.serving.generation import Chunk, Limits, Request
 from xshare_trtllm.serving.text import load_tokenizer, token_texts
+from xshare_trtllm.trtllm.setting import Setting
 
 OWN = "own routing"
 
@@ -97,7 +98,8 @@ class InProcess:
         self._output_len = options.output_len
         limits = Limits(options.max_batch_size, 1024, options.input_len, options.output_len)
         decoder = Decoder(model, options.input_len + options.output_len)
-        self._engine = Engine(decoder, token_texts(tokenizer), config, limits)
+        setting = None if config is None else Setting(config)
+        self._engine = Engine(decoder, token_texts(tokenizer), setting, limits)
 
     def send(self, number: int, on_tokens: Callable[[int], None], on_end: Callable[[str], None]) -> None:
         def on_chunk(chunk: Chunk) -> None:

@@ -89,12 +89,12 @@ def tight(model):
     return XShareConfig(spec.top_k + 1, warmup=0 if spec.num_groups == 1 else 1)
 
 
-def decode(model, tokens, config):
+def decode(model, tokens, config, **options):
     """Logits [batch, length, vocabulary] and statistics of feeding the tokens one position a step, with a KV
     cache; the first is the prompt."""
     output = model(input_ids=tokens[:, :1], use_cache=True)
     logits = [output.logits]
-    with attach(model, config) as attached:
+    with attach(model, config, **options) as attached:
         for t in range(1, tokens.shape[1]):
             output = model(input_ids=tokens[:, t : t + 1], cache=output.cache, use_cache=True)
             logits.append(output.logits)
@@ -115,6 +115,22 @@ def test_off_is_the_model_itself(model):
     for prefill in ("exempt", "shared", "stepwise"):
         with attach(model, off, prefill=prefill):
             assert torch.equal(model(input_ids=tokens).logits, own)
+
+
+def test_shadow_is_the_model_itself_counted_as_if_it_were_on(model):
+    """Layer by layer: a layer sees the same rows where those before it have their own routing."""
+    tokens, spec = random_tokens(), RouterSpec.from_hf_config(model.config)
+    own = decode(model, tokens, XShareConfig.off(spec))[0]
+    layers = len(find_routers(model))
+    for layer in range(layers):
+        budgets = [spec.num_experts] * layers
+        budgets[layer] = tight(model).budget
+        config = XShareConfig(budgets)
+        limited, on = decode(model, tokens, config)
+        shown, shadow = decode(model, tokens, config, shadow=True)
+        assert torch.equal(shown, own) and not torch.equal(limited, own)
+        assert shadow[: layer + 1] == on[: layer + 1]
+        assert shadow[layer].experts_after < shadow[layer].experts_before
 
 
 def test_stepwise_is_teacher_forced_decoding(model):

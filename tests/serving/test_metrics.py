@@ -14,6 +14,7 @@ from xshare_trtllm.evaluation import load_model
 from xshare_trtllm.hf import Decoder, attach
 from xshare_trtllm.serving import metrics
 from xshare_trtllm.serving.metrics import METRICS, PrometheusCollector, Statistics, StatisticsClock
+from xshare_trtllm.trtllm.setting import Setting
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = Path(metrics.__file__).with_name("dashboard.json")
@@ -41,7 +42,8 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
 
 def test_prometheus_sees_the_totals() -> None:
     prometheus = pytest.importorskip("prometheus_client", reason="needs prometheus-client")
-    statistics = Statistics((LAYER,) * 2, {"length": 3, "cancelled": 1}, 50, 4, 2, 1, 0.97)
+    setting = Setting(XShareConfig(coverage=0.97))
+    statistics = Statistics((LAYER,) * 2, {"length": 3, "cancelled": 1}, 50, 4, 2, 1, setting)
     registry = prometheus.CollectorRegistry()
     registry.register(PrometheusCollector(lambda: statistics))
     text = prometheus.generate_latest(registry).decode()
@@ -63,10 +65,27 @@ def test_prometheus_sees_the_totals() -> None:
         "xshare_waiting_requests 2.0",
         "xshare_engine_restarts_total 1.0",
         "xshare_enabled 1.0",
+        "xshare_shadow 0.0",
         "xshare_coverage 0.97",
+        "xshare_dial_refused 0.0",
     ):
         assert line in lines
-    assert len(lines) == 2 * 10 + 2 + 6
+    assert len(lines) == 2 * 10 + 2 + 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, (0, 0, 1)),
+        (Setting(XShareConfig(coverage=0.9), "on"), (1, 0, 0.9)),
+        (Setting(XShareConfig(coverage=0.9), "shadow"), (0, 1, 0.9)),
+        (Setting(XShareConfig(coverage=0.9), "off"), (0, 0, 1)),
+        (Setting(XShareConfig(24), "on"), (1, 0, 1)),
+    ],
+)
+def test_what_is_set_is_three_numbers(setting: Setting | None, expected: tuple[float, ...]) -> None:
+    values = {metric.name: value for metric, _, value in Statistics(setting=setting).samples()}
+    assert tuple(values[f"xshare_{name}"] for name in ("enabled", "shadow", "coverage")) == expected
 
 
 @torch.inference_mode()

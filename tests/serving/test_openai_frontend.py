@@ -140,8 +140,12 @@ def test_the_text_models_of_an_engine(tmp_path: Path) -> None:
         length = np.array([[8]], dtype=np.int32)
         made = infer("preprocessing", QUERY=text, REQUEST_OUTPUT_LEN=length, STOP_WORDS_DICT=words)
         ids, (stop_ids, ends) = made.as_numpy("INPUT_ID"), made.as_numpy("STOP_WORDS_IDS")[0].tolist()
-        count = len(load_tokenizer(MODEL_DIR).encode("Debian").ids)
-        assert [end for end in ends if end >= 0] == [count] and len(stop_ids) == len(ends)
+        tokenizer = load_tokenizer(MODEL_DIR)
+        bare, behind_space = (tokenizer.encode(form).ids for form in ("Debian", " Debian"))
+        assert bare != behind_space and stop_ids == [*bare, *behind_space]
+        assert ends == [len(bare), len(stop_ids), *[-1] * (len(stop_ids) - 2)]
+        in_text = tokenizer.encode("It is Debian").ids
+        assert in_text[-len(behind_space) :] == behind_space  # where the engine stops
         back = infer(
             "postprocessing",
             TOKENS_BATCH=ids.reshape(1, 1, -1),

@@ -20,6 +20,7 @@ from xshare_trtllm.evaluation import MODEL_DIR
 from xshare_trtllm.serving import repository as module
 from xshare_trtllm.serving.contracts import CONTRACTS
 from xshare_trtllm.serving.repository import BACK_ENDS, Repository, launch_script, write_repository
+from xshare_trtllm.trtllm.setting import Setting
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]")
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -269,13 +270,13 @@ def test_what_the_engines_of_the_text_model_read(tmp_path: Path) -> None:
         "max_batch_size": 16,
         "kv_cache_config": {"free_gpu_memory_fraction": 0.8, "dtype": "fp8"},
     }
-    assert XShareConfig.from_yaml(folder / "xshare.yaml") == config
+    assert Setting.from_yaml(folder / "xshare.yaml") == Setting(config)
     with pytest.raises(ValueError, match="model is a value, not a group"):
         clash = Repository("trtllm-torch", MODEL_DIR, MODEL_DIR, settings={"model.name": 1})
         write_repository(clash, tmp_path / "clash")
     write_repository(Repository("cpu", MODEL_DIR, MODEL_DIR, config), tmp_path / "c")
     settings = json.loads(read(tmp_path / "c")["tensorrt_llm"].parameters["settings"].string_value)
-    assert XShareConfig.from_dict(settings["config"]) == config and settings["model"] == str(MODEL_DIR)
+    assert Setting.from_dict(settings["setting"]) == Setting(config) and settings["model"] == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
@@ -370,6 +371,13 @@ def test_what_is_no_engine_is_refused(engine: Path, plugin: Path, tmp_path: Path
         write_repository(Repository("tensorrtllm", engine, MODEL_DIR, XShareConfig(24), plugin=plugin), path)
     with pytest.raises(ValueError, match=r"has no tokenizer_config\.json"):
         write_repository(Repository("tensorrtllm", engine, engine, plugin=plugin), path)
+    accumulating = Repository(
+        "tensorrtllm", engine, MODEL_DIR, plugin=plugin, settings={"accumulate_tokens": True}
+    )
+    with pytest.raises(ValueError, match="accumulate_tokens: an engine's stream holds what is new"):
+        write_repository(accumulating, path)
+    with pytest.raises(ValueError, match="control: is not for an engine"):
+        write_repository(Repository("tensorrtllm", engine, MODEL_DIR, plugin=plugin, control=True), path)
     (engine / "rank1.engine").unlink()
     with pytest.raises(ValueError, match=r"has no rank1\.engine"):
         write_repository(Repository("tensorrtllm", engine, MODEL_DIR, plugin=plugin), path)
@@ -378,6 +386,24 @@ def test_what_is_no_engine_is_refused(engine: Path, plugin: Path, tmp_path: Path
     with pytest.raises(ValueError, match="the back end cpu has no such settings"):
         write_repository(Repository("cpu", MODEL_DIR, MODEL_DIR, settings={"a": 1}), path)
     assert not path.exists()
+
+
+def test_a_dial_that_workers_cannot_turn_is_refused(tmp_path: Path) -> None:
+    repository = Repository("trtllm-torch", MODEL_DIR, MODEL_DIR, control=True)
+    with pytest.raises(ValueError, match="control: needs a configuration"):
+        write_repository(repository, tmp_path / "repo")
+    repository = replace(repository, config=XShareConfig(coverage=0.9))
+    spread = replace(repository, settings={"enable_attention_dp": True})
+    with pytest.raises(ValueError, match="control: not with enable_attention_dp"):
+        write_repository(spread, tmp_path / "repo")
+    with pytest.raises(ValueError, match="mode: not with enable_attention_dp"):
+        write_repository(replace(spread, mode="shadow", control=False), tmp_path / "repo")
+    with pytest.raises(ValueError, match="mode 'loud': must be one of on, shadow, off"):
+        write_repository(replace(repository, mode="loud"), tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+    write_repository(repository, tmp_path / "repo")
+    inputs = tensors(read(tmp_path / "repo")["tensorrt_llm"].input)
+    assert {"xshare", "xshare_coverage"} <= inputs.keys()
 
 
 @pytest.mark.parametrize("back_end", ["cpu", "trtllm-torch"])
@@ -428,11 +454,16 @@ def test_the_command(tmp_path: Path, engine: Path, plugin: Path) -> None:
     assert not config.model_transaction_policy.decoupled
     settings = json.loads(config.parameters["settings"].string_value)
     asked = XShareConfig(coverage=0.97, max_rows=48, utility="affinity")
-    assert XShareConfig.from_dict(settings["config"]) == asked
+    assert Setting.from_dict(settings["setting"]) == Setting(asked)
+    assert run("--coverage", "0.9", "--mode", "shadow")[0] == 0
+    [config] = read(tmp_path / "a repo").values()
+    settings = json.loads(config.parameters["settings"].string_value)
+    assert Setting.from_dict(settings["setting"]) == Setting(XShareConfig(coverage=0.9), "shadow")
     for wrong, code, message in (
         (("--backend", "tensorrtllm"), 2, "needs --engine"),
         (("--budget", "24", "--max-queue-size", "0"), 1, "max_queue_size=0"),
         (("--warmup", "2"), 1, "nothing is limited"),
+        (("--mode", "shadow"), 1, "mode: needs a configuration, such as a coverage"),
         (("--budget", "4"), 1, "budget must be at least top_k=8"),
         (("--set", "a"), 2, "must be NAME=VALUE"),
         (("--recipe", str(ROOT / "engines/DeepSeek-R1.sm_90.yaml")), 2, "is for --backend trtllm-torch"),

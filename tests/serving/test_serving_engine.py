@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from xshare_trtllm.routing import contiguous_placement
 from xshare_trtllm.serving.engine import Engine, sample
 from xshare_trtllm.serving.generation import Busy, Chunk, Limits, Request
 from xshare_trtllm.serving.text import load_tokenizer, token_texts
+from xshare_trtllm.trtllm.setting import Setting
 
 LIMITS = Limits(max_batch_size=4, max_queue_size=8, max_input_len=40, max_output_len=40)
 TOKENIZER = load_tokenizer(MODEL_DIR)
@@ -91,7 +92,7 @@ def test_a_batch_gives_what_each_sequence_alone_gives(engine: Engine, decoder: D
 
 def test_a_budget_is_kept_for_the_whole_batch(decoder: Decoder) -> None:
     gpus = contiguous_placement(64, 8)
-    engine = Engine(decoder, TEXTS, XShareConfig(20, warmup=1), LIMITS, expert_gpu=gpus)
+    engine = Engine(decoder, TEXTS, Setting(XShareConfig(20, warmup=1)), LIMITS, expert_gpu=gpus)
     readers = [Reader() for _ in range(4)]
     for prompt, reader in zip(PROMPTS, readers, strict=False):
         engine.submit(Request(prompt, 30), reader)
@@ -160,15 +161,47 @@ def test_another_configuration_holds_from_the_next_step_on(decoder: Decoder) -> 
 
     own, active = used()
     assert active == own
-    engine.configure(XShareConfig(10, warmup=0))
-    own, active = used()
-    assert active < own
-    engine.configure(None)
-    own, active = used()
-    assert active == own
+    for mode in ("on", "shadow", "off"):
+        engine.configure(Setting(XShareConfig(10, warmup=0), mode))
+        own, active = used()
+        assert active == own if mode == "off" else active < own
+        assert engine.statistics.setting == Setting(XShareConfig(10, warmup=0), mode)
     with pytest.raises(ValueError, match="budget must be at least top_k=8"):
-        engine.configure(XShareConfig(4))
+        engine.configure(Setting(XShareConfig(4)))
     engine.close()
+
+
+def answers_of_one_batch(engine: Engine, length: int) -> list[list[int]]:
+    """Of four sequences that are admitted together, so that every step has the rows of all."""
+    all_wait = threading.Event()
+    engine.submit(Request(PROMPTS[0], 1), lambda chunk: all_wait.wait(20) and None)
+    readers = [Reader() for _ in range(4)]
+    for prompt, reader in zip(PROMPTS, readers, strict=False):
+        engine.submit(Request(prompt, length), reader)
+    all_wait.set()
+    return [reader.all()[0] for reader in readers]
+
+
+@pytest.mark.parametrize("limited", [range(4), (0,), (3,)], ids=["all layers", "the first", "the last"])
+def test_shadow_says_what_off_says_and_counts_what_on_would(decoder: Decoder, limited: Sequence[int]) -> None:
+    """A layer sees the same rows in all modes where those before it are not limited, in the first step."""
+    config = XShareConfig([10 if layer in limited else 64 for layer in range(4)], warmup=0)
+    said, counted = {}, {}
+    for mode in ("off", "shadow", "on"):
+        engine = Engine(decoder, TEXTS, Setting(config, mode), LIMITS)
+        answers_of_one_batch(engine, 2)
+        engine.close()
+        counted[mode] = engine.statistics.layers
+        engine = Engine(decoder, TEXTS, Setting(config, mode), LIMITS)
+        said[mode] = answers_of_one_batch(engine, 30)
+        engine.close()
+    assert said["shadow"] == said["off"] and said["on"] != said["off"]
+    same = range(limited[0] + 1)
+    assert [counted["shadow"][layer] for layer in same] == [counted["on"][layer] for layer in same]
+    for layer, (before, after, *_, rows, asides, steps) in enumerate(counted["shadow"]):
+        assert (after < before) == (layer in limited)
+        assert (rows, asides, steps) == (4, layer not in limited, 1)
+        assert counted["off"][layer][:2] == (before, before)
 
 
 def test_sampling_repeats_with_its_seed_whoever_is_beside_it(engine: Engine) -> None:
@@ -292,7 +325,7 @@ def test_a_failing_model_ends_its_batch_only(
 
 
 def test_close_ends_everything_and_detaches(decoder: Decoder) -> None:
-    engine = Engine(decoder, TEXTS, XShareConfig(20), LIMITS)
+    engine = Engine(decoder, TEXTS, Setting(XShareConfig(20)), LIMITS)
     gate, waiting = hold(engine, 40), Reader()
     engine.submit(Request(PROMPTS[1], 5), waiting)
     closing = threading.Thread(target=engine.close)

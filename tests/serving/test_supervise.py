@@ -17,6 +17,8 @@ SERVER = """
 import http.server, json, os, sys, threading
 started = open("starts", "a"); started.write(os.environ["XSHARE_RESTARTS"] + "\\n"); started.close()
 open("arguments", "w").write("\\n".join(sys.argv[1:]))
+if os.path.exists("daemon"):
+    os.system("setsid sleep 300 & echo $! > daemon; sleep 0.1")
 states = {"a": "READY", "b": "READY"}
 class Handler(http.server.BaseHTTPRequestHandler):
     def reply(self, status, body=b"[]"):
@@ -112,6 +114,23 @@ def test_a_dead_server_is_started_again_under_a_limit(tmp_path: Path) -> None:
     assert code == 1 and "1 restarts within 600 s did not help" in said
 
 
+def test_what_a_dead_server_has_started_ends_too(tmp_path: Path) -> None:
+    """As MPI's daemons and their ranks do, it runs in a session of its own and its parent has ended."""
+    (tmp_path / "daemon").touch()
+    supervised = Supervised(tmp_path)
+    supervised.wait_for_starts(1)
+    daemons = []
+    for restart in (True, False):
+        daemons.append(psutil.Process(int(supervised.read("daemon")[0])))
+        assert daemons[-1].is_running() and daemons[-1].ppid() == supervised.process.pid
+        if restart:
+            psutil.Process(supervised.server()).kill()
+            supervised.wait_for_starts(2)
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.end()
+    assert daemons[0] != daemons[1] and not any(daemon.is_running() for daemon in daemons)
+
+
 def test_a_killed_supervisor_leaves_no_server(tmp_path: Path) -> None:
     supervised = Supervised(tmp_path)
     supervised.wait_for_starts(1)
@@ -127,7 +146,21 @@ def test_a_server_that_is_never_ready_is_not_started_again(tmp_path: Path) -> No
     supervised.wait_for_starts(1)
     os.kill(supervised.server(), signal.SIGKILL)
     code, said = supervised.end()
-    assert code == 1 and "ended before it was ready" in said and supervised.read("starts") == ["0"]
+    assert code == 1 and "ended with code -9, before the server was ready" in said
+    assert supervised.read("starts") == ["0"]
+
+
+def test_one_that_was_ready_once_is_tried_again_where_it_does_not_get_ready(tmp_path: Path) -> None:
+    """As where the model's weights are away for a while."""
+    supervised = Supervised(tmp_path, RESTARTS="3")
+    supervised.wait_for_starts(1)
+    (tmp_path / "broken").touch()
+    for starts in (2, 3):
+        psutil.Process(supervised.server()).kill()
+        supervised.wait_for_starts(starts)
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.end()
+    assert supervised.read("starts") == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("words", [[], ["127.0.0.1:1"], ["127.0.0.1:1", "a", "--"]])
@@ -135,3 +168,19 @@ def test_the_command_says_how_it_is_called(words: list[str]) -> None:
     command = [sys.executable, "-m", "xshare_trtllm.serving.supervise", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "message"),
+    [
+        ("no-such-server", {}, "no-such-server: is not on PATH"),
+        ("true", {"DRAIN_SECONDS": "1m"}, "DRAIN_SECONDS=1m: must be a number from 0 on"),
+        ("true", {"RESTARTS": "-1"}, "RESTARTS=-1: must be a number from 0 on"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(command: str, environment: dict[str, str], message: str) -> None:
+    words = [sys.executable, "-m", "xshare_trtllm.serving.supervise", "127.0.0.1:1", "a", "--", command]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=30, env={**os.environ, **environment}
+    )
+    assert done.returncode == 1 and done.stderr == f"xshare: {message}\n"

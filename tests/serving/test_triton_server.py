@@ -20,7 +20,7 @@ import pytest
 import torch
 from triton_client import Server, Servers, Stream, running_server, triton_input, wait_for
 
-from xshare_trtllm.evaluation import greedy_decode, load_model
+from xshare_trtllm.evaluation import MODEL_DIR, greedy_decode, load_model
 from xshare_trtllm.hf import Decoder
 from xshare_trtllm.serving.contracts import CONTRACTS
 
@@ -357,6 +357,23 @@ def test_a_killed_process_is_replaced(server: Server, expected: str, word: str, 
     wait_for(lambda: server.metrics().get("xshare_engine_restarts_total") == restarts + 1, 10)
 
 
+def test_a_model_whose_weights_are_away_is_tried_again(tmp_path: Path, expected: str) -> None:
+    model, away = tmp_path / "model", tmp_path / "away"
+    model.mkdir()
+    for file in MODEL_DIR.iterdir():
+        (model / file.name).symlink_to(file)
+    with running_server(tmp_path, "--coverage", "0.97", "--engine", str(model)) as server:
+        [process] = server.processes("xshare_trtllm.serving.worker")
+        model.rename(away)
+        process.kill()
+        wait_for(lambda: "failed to load all models" in server.log.read_text(), 60)
+        assert not server.is_ready()
+        away.rename(model)
+        wait_for(server.is_ready, 90)
+        assert server.generate(PROMPT, 12) == expected
+        wait_for(lambda: server.metrics().get("xshare_engine_restarts_total", 0) >= 2, 10)
+
+
 def test_streams_end_before_a_server_that_is_told_to_stop(tmp_path: Path) -> None:
     with running_server(tmp_path, "--coverage", "0.97") as server:
         streams = [Stream(server) for _ in range(2)]
@@ -380,7 +397,8 @@ def test_streams_end_before_a_server_that_is_told_to_stop(tmp_path: Path) -> Non
 
 
 def test_the_dial_is_turned_while_it_serves(tmp_path: Path, expected: str) -> None:
-    """Without `--control` these inputs are not there."""
+    """Without `--control` these inputs are not there. In shadow the text is the model's own, and the counts
+    are XShare's."""
     with running_server(tmp_path, "--coverage", "0.97", "--control") as server:
 
         def turn(**request: Any) -> tuple[int, str]:
@@ -388,14 +406,40 @@ def test_the_dial_is_turned_while_it_serves(tmp_path: Path, expected: str) -> No
             status, answer = server.call("POST", "/v2/models/tensorrt_llm/generate", body)
             return status, json.loads(answer).get("text_output") or json.loads(answer)["error"]
 
-        wait_for(lambda: server.metrics().get("xshare_coverage") == pytest.approx(0.97))
-        assert server.metrics()["xshare_enabled"] == 1
-        assert turn(xshare="off") == (200, "off")
-        wait_for(lambda: server.metrics()["xshare_enabled"] == 0)
-        assert turn(xshare_coverage=0.5)[1].startswith("warmup: 1\ncoverage: 0.5")
-        wait_for(lambda: server.metrics()["xshare_coverage"] == 0.5 and server.metrics()["xshare_enabled"])
+        def state() -> tuple[float, ...]:
+            metrics = server.metrics()
+            return tuple(metrics.get(f"xshare_{name}", -1.0) for name in ("enabled", "shadow", "coverage"))
+
+        def say() -> tuple[list[str], float]:
+            """Texts of eight sequences decoded together, and the active experts of layer 0 as a share of the
+            model's own."""
+            names = [f'xshare_experts_{when}_total{{layer="0"}}' for when in ("before", "after")]
+            before = server.metrics()
+            with ThreadPoolExecutor(8) as pool:
+                texts = list(pool.map(lambda n: server.generate(f"{PROMPT} {n}", 40, end_id=-1), range(8)))
+            tokens = "xshare_output_tokens_total"
+            goal = before[tokens] + 8 * 40
+            after = wait_for(lambda: now if (now := server.metrics())[tokens] == goal else None)
+            own, active = (after[name] - before.get(name, 0.0) for name in names)
+            return texts, active / own
+
+        wait_for(lambda: state() == (1, 0, pytest.approx(0.97)))
+        assert turn(xshare="off") == (200, "warmup: 1\ncoverage: 0.97\nutility: squared_weight\nmode: 'off'")
+        wait_for(lambda: state() == (0, 0, 1))
+        own_texts, share = say()
+        assert share == 1
+        assert turn(xshare_coverage=0.5)[1].endswith("mode: 'off'")  # what is not named stays
+        assert "mode: shadow" in turn(xshare="shadow")[1]
+        wait_for(lambda: state() == (0, 1, 0.5))
+        texts, share = say()
+        assert texts == own_texts and share < 0.8
+        assert "mode: 'on'" in turn(xshare="on", xshare_coverage=0.25)[1]
+        wait_for(lambda: state() == (1, 0, 0.25))
+        texts, share = say()
+        assert texts != own_texts and share < 0.8
         assert "coverage must be less than or equal to 1" in turn(xshare_coverage=2.0)[1]
-        assert "must be on or off" in turn(xshare="shadow")[1]
+        assert "must be on, shadow, off" in turn(xshare="loud")[1]
+        assert state() == (1, 0, 0.25) and server.metrics()["xshare_dial_refused"] == 0
         assert server.generate(PROMPT, 12) == expected  # a row alone keeps its own routing
 
 
@@ -415,8 +459,10 @@ def test_without_streaming_plain_infer_works(tmp_path: Path, expected: str) -> N
     import tritonclient.grpc as grpc
     import tritonclient.http as http_client
 
-    contract = CONTRACTS["inflight_batcher_llm"]
-    with running_server(tmp_path, "--no-streaming", "--contract", "inflight_batcher_llm") as server:
+    contract_name = "inflight_batcher_llm"
+    contract = CONTRACTS[contract_name]
+    limits = ["--max-batch-size", "1", "--max-queue-size", "1"]
+    with running_server(tmp_path, "--no-streaming", "--contract", contract_name, *limits) as server:
         for module, port in ((http_client, server.http_port), (grpc, server.grpc_port)):
             client = module.InferenceServerClient(f"127.0.0.1:{port}")
             values = {"text_input": PROMPT, "max_tokens": 12}
@@ -425,3 +471,12 @@ def test_without_streaming_plain_infer_works(tmp_path: Path, expected: str) -> N
             assert output.reshape(-1)[0].decode() == expected
             client.close()
         assert "written with --no-streaming" in server.generate(PROMPT, stream=True)[1]
+        inputs = [{"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": [PROMPT]}]
+        for name, value in (("max_tokens", 200), ("end_id", -1)):
+            inputs.append({"name": name, "datatype": "INT32", "shape": [1, 1], "data": [value]})
+        with ThreadPoolExecutor(6) as pool:
+            body = {"inputs": inputs}
+            asked = pool.map(lambda _: server.call("POST", "/v2/models/ensemble/infer", body), range(6))
+            answers = list(asked)
+        assert {status for status, _ in answers} == {200, 503}
+        assert all(b"1 requests are waiting" in data for status, data in answers if status == 503)

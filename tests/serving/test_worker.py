@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from xshare_trtllm import XShareConfig
 from xshare_trtllm.evaluation import MODEL_DIR
 from xshare_trtllm.serving import worker
 from xshare_trtllm.serving.generation import Busy, Chunk, Request
 from xshare_trtllm.serving.worker import Worker
+from xshare_trtllm.trtllm.setting import Setting
 
 LIMITS = {"max_batch_size": 4}
-SETTINGS = {"model": str(MODEL_DIR), "config": None, "ep_size": 1, "limits": LIMITS}
+SETTINGS = {"model": str(MODEL_DIR), "setting": None, "ep_size": 1, "limits": LIMITS}
 
 
 def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
@@ -42,4 +44,7 @@ def test_its_death_ends_what_it_has_and_is_told() -> None:
     assert last.error == "the model's process ended; try again"
     with pytest.raises(Busy, match="the model's process has ended"):
         running.submit(Request((1, 2), 5), chunks.put)
+    with pytest.raises(Busy, match="the model's process has ended"):
+        running.configure(Setting(XShareConfig(16)))
+    assert running.setting is None
     running.close()

@@ -173,9 +173,10 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running_server(
-    folder: Path, *arguments: str, lifetime: int = LIFETIME, **environment: str
+    folder: Path, *arguments: str, lifetime: int = LIFETIME, cwd: Path | None = None, **environment: str
 ) -> Iterator[Server]:
-    """A server on a new repository of the `cpu` back end; its end is a clean one, or an error."""
+    """A server on a new repository; its end is a clean one, or an error. Triton's Python imports from `cwd`
+    and looks at no PYTHONPATH."""
     found = tritonserver()
     repository = folder / "repository"
     result = CliRunner().invoke(main, ["triton", "--repo", str(repository), *arguments])
@@ -186,7 +187,9 @@ def running_server(
     variables["PATH"] = f"{Path(found).parent}:{variables['PATH']}"
     command = ["timeout", "--foreground", "-k", "60", str(lifetime), "bash", str(repository / "launch.sh")]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=variables, stdout=log, stderr=log, start_new_session=True, cwd=cwd
+        )
     [contract] = [c for c in CONTRACTS.values() if c.model in {path.name for path in repository.iterdir()}]
     server = Server(process, ports, folder / "log", contract)
     before = shared_memory()

@@ -64,6 +64,8 @@ def test_contract_counts_are_the_statistics_of_every_step(
     assert [report["silent_layers"] for report in reports] == [[]] * len(reports)
     last = reports[-1]
     assert (last["rows"], last["experts_before"], last["experts_after"]) == (2 * 9, before, after)
+    for layer in last["by_layer"]:  # both see the same rows
+        assert layer[:2] == [before // 2, after // 2] and layer[7:] == [9, 0]
     assert 0 < last["kept_utility"] < last["total_utility"] and last["steps"] == 4
 
 

@@ -25,6 +25,7 @@ def attach(
     prefill: Prefill = "exempt",
     expert_gpu: Tensor | None = None,
     step_tokens: int = 1,
+    shadow: bool = False,
 ) -> Attachment:
     """Puts XShare into every MoE layer of a transformers model, until `detach()` or the end of a `with`.
 
@@ -41,6 +42,7 @@ def attach(
                             drafts (1 + draft length) of the same tokens would compute, in a single pass
     expert_gpu  [E] int, the GPU that holds each expert
     step_tokens positions of a step for `stepwise`, whose first one is the prompt and keeps its own routing
+    shadow      the model's own routing, with the statistics that XShare would have (XSHARE_SHADOW)
 
     A pass of one token per sequence is always one batch.
 
@@ -49,7 +51,7 @@ def attach(
     Raises ValueError for a model without known routers, one that is attached already, or a configuration
     that does not fit; a pass raises RuntimeError where the routers are not called, or not as expected.
     """
-    return Attachment(model, config, prefill, expert_gpu, step_tokens)
+    return Attachment(model, config, prefill, expert_gpu, step_tokens, shadow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,13 @@ class _Router:
         spec: RouterSpec,
         config: XShareConfig,
         expert_gpu: Tensor | None,
+        shadow: bool,
     ) -> None:
         self.module, self.kind, self.passes = module, kind, passes
         self.own: Any = getattr(module, kind.method)
         self.before = vars(module).get(kind.method)
         self.is_off = config.is_off(spec)
+        self.keeps_own = shadow or self.is_off
         self.spec = spec if kind.scales else spec.model_copy(update={"routed_scaling_factor": 1.0})
         self.config, self.expert_gpu = config, expert_gpu
         self._lock = threading.Lock()
@@ -157,7 +161,7 @@ class _Router:
         )
         self._count(routing.raw_stats)
         max_rows = self.config.max_rows
-        if self.is_off or (max_rows is not None and step.real_rows > max_rows):
+        if self.keeps_own or (max_rows is not None and step.real_rows > max_rows):
             return own
         ids = routing.expert_ids.to(own.ids.dtype)
         weights = self.kind.weights(self.module, Choice(own.logits, routing.expert_weights, ids))
@@ -186,6 +190,7 @@ class Attachment:
         prefill: Prefill,
         expert_gpu: Tensor | None,
         step_tokens: int,
+        shadow: bool,
     ) -> None:
         spec = RouterSpec.from_hf_config(model.config)
         config.check(spec)
@@ -203,7 +208,7 @@ class Attachment:
             expert_gpu = expert_gpu.to(torch.int32)
         self._passes = Passes(prefill, step_tokens, len(modules))
         self._routers = [
-            _Router(module, kind, self._passes, spec, config.for_layer(layer), expert_gpu)
+            _Router(module, kind, self._passes, spec, config.for_layer(layer), expert_gpu, shadow)
             for layer, module in enumerate(modules)
         ]
         is_off = all(router.is_off for router in self._routers)

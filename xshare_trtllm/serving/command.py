@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xshare_trtllm.config import XShareConfig
+from xshare_trtllm.config import MODES, XShareConfig
 from xshare_trtllm.options import xshare_options
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -44,7 +44,14 @@ _LENGTH = 512  # tokens of a prompt and of an answer on the CPU
     help="Names of the text model and its inputs.  [default: llmapi; tensorrtllm: inflight_batcher_llm]",
 )
 @click.option("--streaming/--no-streaming", default=True, show_default=True, help="Decoupled models.")
-@click.option("--control", is_flag=True, help="cpu: requests may turn XShare's dial.")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="on",
+    show_default=True,
+    help="shadow: the model's own routing, counted as XShare's would be.",
+)
+@click.option("--control", is_flag=True, help="Requests may turn XShare's dial (cpu, trtllm-torch).")
 @click.option(
     "--ep-size", type=int, default=1, show_default=True, help="GPUs that the experts are spread over."
 )
@@ -97,7 +104,7 @@ def _repository(engine: Path, backend: str, config: XShareConfig | None, given: 
         limits=_limits(engine, backend, given),
         contract=given["contract"] or contract,
         settings=settings,
-        **{name: given[name] for name in ("streaming", "control", "ep_size", "tp_size", "plugin")},
+        **{name: given[name] for name in ("mode", "streaming", "control", "ep_size", "tp_size", "plugin")},
     )
 
 

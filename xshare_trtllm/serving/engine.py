@@ -18,6 +18,7 @@ from xshare_trtllm.routing import contiguous_placement
 from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request, Times
 from xshare_trtllm.serving.metrics import Statistics, StatisticsClock
 from xshare_trtllm.serving.text import Transcript
+from xshare_trtllm.trtllm.setting import Setting
 
 
 class Generation:
@@ -95,7 +96,7 @@ class Engine:
 
     decoder     used by the engine's thread alone from now on
     texts       the bytes of each token, by `token_texts`
-    config      what XShare may do; None: the model's own routing, which is counted all the same
+    setting     what XShare does; None: the model's own routing, which is counted all the same
     expert_gpu  [E] int, the GPU that holds each expert, for budgets and statistics per GPU
     after_step  called by the engine's thread when all chunks of a step have been handed on
 
@@ -110,7 +111,7 @@ class Engine:
         self,
         decoder: Decoder,
         texts: Sequence[bytes],
-        config: XShareConfig | None = None,
+        setting: Setting | None = None,
         limits: Limits | None = None,
         *,
         expert_gpu: Tensor | None = None,
@@ -122,13 +123,13 @@ class Engine:
             raise ValueError(f"Engine: Decoder(capacity={decoder.capacity}) must hold {needed} tokens")
         self._decoder, self._texts, self._after_step = decoder, texts, after_step
         self._expert_gpu = expert_gpu
-        self._attached = self._attach(config)
-        self._asked: list[XShareConfig | None] = []  # by `configure`, for the engine's thread
+        self._attached = self._attach(setting)
+        self._asked: list[Setting] = []  # by `configure`, for the engine's thread
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._changed = threading.Condition()
         self._is_closing = False
-        self._clock = StatisticsClock(self._attached, _coverage(config))
+        self._clock = StatisticsClock(self._attached, setting)
         self._thread = threading.Thread(target=self._run, name="xshare-engine", daemon=True)
         self._thread.start()
 
@@ -145,28 +146,29 @@ class Engine:
             self._changed.notify()
         return generation
 
-    def configure(self, config: XShareConfig | None) -> None:
-        """Another configuration from the next step on; None: the model's own routing.
+    def configure(self, setting: Setting) -> None:
+        """Another setting from the next step on.
 
         Raises ValueError where it does not fit the model.
         """
-        if config is not None:
-            config.check(RouterSpec.from_hf_config(self._decoder.config))
+        setting.config.check(RouterSpec.from_hf_config(self._decoder.config))
         with self._changed:
-            self._asked = [config]
+            self._asked = [setting]
             self._changed.notify()
 
-    def _attach(self, config: XShareConfig | None) -> Attachment:
-        own = XShareConfig.off(RouterSpec.from_hf_config(self._decoder.config))
-        return attach(self._decoder, config or own, expert_gpu=self._expert_gpu)
+    def _attach(self, setting: Setting | None) -> Attachment:
+        if setting is None or setting.mode == "off":
+            setting = Setting(XShareConfig.off(RouterSpec.from_hf_config(self._decoder.config)))
+        is_shadow = setting.mode == "shadow"
+        return attach(self._decoder, setting.config, expert_gpu=self._expert_gpu, shadow=is_shadow)
 
     def _reconfigure(self) -> None:
         with self._changed:
             asked, self._asked = self._asked, []
-        for config in asked:
+        for setting in asked:
             self._attached.detach()
-            self._attached = self._attach(config)
-            self._clock.attach(self._attached, _coverage(config))
+            self._attached = self._attach(setting)
+            self._clock.attach(self._attached, setting)
 
     def close(self) -> None:
         """End what runs and waits with an error, and give the model its own routing back."""
@@ -282,10 +284,6 @@ class Engine:
             self._end(generation, "error", error)
 
 
-def _coverage(config: XShareConfig | None) -> float | None:
-    return None if config is None else config.coverage or 1.0
-
-
 def sample(logits: Tensor, request: Request, generator: torch.Generator) -> int:
     """A token from `logits` [vocabulary] fp32 under the request's temperature, top_k and top_p, in that
     order."""
@@ -302,7 +300,7 @@ def sample(logits: Tensor, request: Request, generator: torch.Generator) -> int:
 def load_engine(settings: dict[str, Any], after_step: Callable[[], None] = lambda: None) -> Engine:
     """The engine of the `cpu` back end.
 
-    settings  `model` (folder), `config` (of an XShareConfig, or None), `limits`, `ep_size`
+    settings  `model` (folder), `setting` (of a Setting; None: the model's own routing), `limits`, `ep_size`
     """
     from pathlib import Path
 
@@ -313,12 +311,12 @@ def load_engine(settings: dict[str, Any], after_step: Callable[[], None] = lambd
     folder, limits = Path(settings["model"]), Limits(**settings["limits"])
     model, _ = load_model(folder)
     decoder = Decoder(model, limits.max_input_len + limits.max_output_len)
-    config = None if settings["config"] is None else XShareConfig.from_dict(settings["config"])
+    setting = None if settings["setting"] is None else Setting.from_dict(settings["setting"])
     spec = RouterSpec.from_hf_config(decoder.config)
     return Engine(
         decoder,
         token_texts(load_tokenizer(folder)),
-        config,
+        setting,
         limits,
         expert_gpu=contiguous_placement(spec.num_experts, settings["ep_size"]),
         after_step=after_step,

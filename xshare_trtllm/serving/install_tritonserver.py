@@ -5,7 +5,8 @@ Run it: `python -m xshare_trtllm.serving.install_tritonserver`.
 Puts tritonserver 2.51 with its Python back end (56 MB, of the package nvidia-pytriton) beside this Python,
 into the folder `tritonserver` of its environment, with `tritonserver/bin/tritonserver` to start it. The
 server's Python sees this environment's packages, but a numpy older than 2: its Python back end was built for
-that and sends empty outputs with a newer one. In NVIDIA's containers there is a server already.
+that, and with a newer one it reads garbage and sends empty outputs. In NVIDIA's containers there is a server
+already.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def main() -> None:
     """Install it, or do it again."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if sys.version_info >= (3, 13):  # before pip builds an old numpy from source for it
-        raise SystemExit(f"{PACKAGES[0]} has no Python back end for Python {version}, 3.12 is its last")
+        raise SystemExit(
+            f"tritonserver's Python back end reads tensors wrongly with numpy 2, and {PACKAGES[1]} has no "
+            f"wheel for Python {version}: use Python 3.12, or a Triton container"
+        )
     library = _python_library(f"libpython{version}.so.1.0")
     if library is None:
         raise SystemExit(

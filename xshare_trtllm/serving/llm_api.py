@@ -12,47 +12,81 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from xshare_trtllm.serving.generation import Busy, Chunk, FinishReason, Limits, OnChunk, Request, Times
+from xshare_trtllm.serving.llm_ranks import Routing, read_routing
 from xshare_trtllm.serving.metrics import Statistics
+from xshare_trtllm.trtllm.run_folder import RunFolder
+from xshare_trtllm.trtllm.setting import Setting
+
+PERIOD = 1.0  # seconds between two looks at the workers
 
 
 class LLMEngine:
-    """`submit`, `cancel`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
+    """`submit`, `cancel`, `configure`, `close` and `statistics` of the `cpu` back end's `Worker`, over `LLM`.
 
-    settings  `llm` (arguments of LLM), `limits`, `config` (of an XShareConfig; None: own routing),
-              `xshare` (the YAML file with it, or None)
+    settings  `llm` (arguments of LLM), `limits`, `end_id` (the tokenizer's), `xshare` (the YAML file with
+              XShare's setting; None: the model's own routing)
+    on_death  called on a thread of this object when the LLM, or a rank of it, has ended unasked, after its
+              requests got their errors
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        if settings["xshare"] is not None:
+    def __init__(self, settings: dict[str, Any], on_death: Callable[[], None] = lambda: None) -> None:
+        self._xshare: Path | None = settings["xshare"] and Path(settings["xshare"]).resolve()
+        if self._xshare is not None:
             from xshare_trtllm.trtllm import use
 
-            use(settings["xshare"])  # before LLM is made, so that its workers have it
+            use(self._xshare)  # before LLM is made, so that its workers have it
         llm_api: Any = import_module("tensorrt_llm")
         self._sampling_params = llm_api.SamplingParams
         self._limits = Limits(**settings["limits"])
-        config = settings["config"]
-        self._coverage = None if config is None else config.get("coverage", 1.0)
+        self._end_id: int | None = settings["end_id"]
         self._llm = llm_api.LLM(**settings["llm"])
+        self._on_death = on_death
         self._numbers = itertools.count()
         self._running: dict[int, Any] = {}
+        self._open: dict[int, OnChunk] = {}
+        self._is_over = False
         self._finished: Counter[str] = Counter()
         self._output_tokens = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="xshare-llm", daemon=True)
         self._thread.start()
+        self._routing = self._read_routing()
+        self._is_closing = threading.Event()
+        self._watch = threading.Thread(target=self._look, name="xshare-workers", daemon=True)
+        self._watch.start()
 
     @property
     def statistics(self) -> Statistics:
-        """Without layers: the routing statistics stay on the GPUs."""
-        finished, tokens = dict(self._finished), self._output_tokens
-        return Statistics(finished=finished, output_tokens=tokens, coverage=self._coverage)
+        """Of the routing: what the ranks' last reports say."""
+        routing = self._routing
+        return Statistics(
+            routing.layers,
+            dict(self._finished),
+            self._output_tokens,
+            setting=routing.setting,
+            is_refused=routing.is_refused,
+        )
+
+    @property
+    def setting(self) -> Setting | None:
+        """What the workers' file says; they have it, or will soon, or refuse it. Raises ValueError where it
+        says nothing, OSError where it cannot be read."""
+        return None if self._xshare is None else Setting.from_yaml(self._xshare)
+
+    def configure(self, setting: Setting) -> None:
+        """Another setting, which the workers take over at a step of theirs (trtllm/dial.py)."""
+        assert self._xshare is not None, "a repository without a configuration has no control"
+        setting.to_yaml(self._xshare)
 
     @property
     def vocabulary(self) -> int:
@@ -66,13 +100,16 @@ class LLMEngine:
 
     def submit(self, request: Request, on_chunk: OnChunk) -> int:
         limits = self._limits
+        if self._is_over:
+            raise Busy("the model's process has ended: try again later")
         if len(self._running) >= limits.max_batch_size + limits.max_queue_size:
             raise Busy(f"{len(self._running)} requests are under way: try again later")
         number = next(self._numbers)
         self._running[number] = self._llm.generate_async(
             list(request.prompt), self._parameters(request), streaming=True
         )
-        asyncio.run_coroutine_threadsafe(self._follow(number, on_chunk), self._loop)
+        self._open[number] = on_chunk
+        asyncio.run_coroutine_threadsafe(self._follow(number), self._loop)
         return number
 
     def cancel(self, number: int) -> None:
@@ -81,6 +118,8 @@ class LLMEngine:
             result.abort()
 
     def close(self) -> None:
+        self._is_closing.set()
+        self._watch.join(timeout=5)
         for number in list(self._running):
             self.cancel(number)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -94,7 +133,8 @@ class LLMEngine:
         return self._sampling_params(
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens or None,
-            end_id=request.end_id,
+            # Its own goes with others, which its generation_config.json names (sampling_params.py, `_setup`).
+            end_id=None if request.end_id == self._end_id else request.end_id,
             ignore_eos=request.end_id is None,
             stop=list(request.stop_words) or None,
             bad=list(request.bad_words) or None,
@@ -107,17 +147,42 @@ class LLMEngine:
             **request.penalties,
         )
 
-    async def _follow(self, number: int, on_chunk: OnChunk) -> None:
+    def _read_routing(self) -> Routing:
+        return Routing() if self._xshare is None else read_routing(RunFolder(self._xshare))
+
+    def _look(self) -> None:
+        """On a thread of its own: a slow file system delays no answer."""
+        is_well: Callable[[], bool] = getattr(self._llm, "_check_health", lambda: True)  # from 1.1 on
+        while not self._is_closing.wait(PERIOD):
+            self._routing = self._read_routing()
+            if self._routing.dead or not is_well():
+                break
+        if self._is_closing.is_set():
+            return
+        who = ", ".join(f"rank {rank}" for rank in self._routing.dead) or "the LLM"
+        print(f"xshare: {who} has ended", file=sys.stderr, flush=True)
+        self._is_over = True
+        for number in list(self._open):
+            self._hand_on(number, Chunk(finish="error", error="the model's process ended; try again"))
+        self._on_death()
+
+    def _hand_on(self, number: int, chunk: Chunk) -> None:
+        """To the client, once at most after the last one."""
+        on_chunk = self._open.pop(number, None) if chunk.finish else self._open.get(number)
+        if on_chunk is not None:
+            on_chunk(chunk)
+
+    async def _follow(self, number: int) -> None:
         try:
-            count, finish = await self._pass_on(number, on_chunk)
+            count, finish = await self._pass_on(number)
             self._output_tokens += count
         except Exception as error:  # a request without an answer would hang
             finish = "error"
-            on_chunk(Chunk(finish="error", error=f"{type(error).__name__}: {error}"))
+            self._hand_on(number, Chunk(finish="error", error=f"{type(error).__name__}: {error}"))
         self._finished[finish] += 1
         self._running.pop(number, None)
 
-    async def _pass_on(self, number: int, on_chunk: OnChunk) -> tuple[int, FinishReason]:
+    async def _pass_on(self, number: int) -> tuple[int, FinishReason]:
         """The tokens of the answer, and why it ended."""
         seen_tokens = seen_text = 0
         async for result in self._running[number]:
@@ -126,7 +191,8 @@ class LLMEngine:
             tokens, text = tuple(output.token_ids[seen_tokens:]), output.text[seen_text:]
             if finish or text:
                 word = output.stop_reason if finish == "stop_words" else ""
-                on_chunk(Chunk(tokens, text, finish, word, _times(output) if finish else None))
+                times = _times(output) if finish else None
+                self._hand_on(number, Chunk(tokens, text, finish, word, times))
                 seen_tokens, seen_text = len(output.token_ids), len(output.text)
             if finish is not None:
                 return seen_tokens, finish

@@ -15,12 +15,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, get_args
 
-from xshare_trtllm.config import RouterSpec, XShareConfig
+from xshare_trtllm.config import MODES, RouterSpec, XShareConfig
 from xshare_trtllm.serving import tensors
 from xshare_trtllm.serving.contracts import CONTRACTS, CONTROL
 from xshare_trtllm.serving.generation import Limits
 from xshare_trtllm.serving.tensors import OPTIONS, TOKENS_TO_MODEL, TOKENS_TO_TEXT, Option, Tensor
 from xshare_trtllm.serving.text import load_tokenizer, read_json, special_token
+from xshare_trtllm.trtllm.setting import Setting
 
 BackEnd = Literal["tensorrtllm", "trtllm-torch", "cpu"]
 BACK_ENDS: tuple[str, ...] = get_args(BackEnd)
@@ -43,10 +44,11 @@ class Repository:
     engine     the folder that the model is in
     tokenizer  the folder with tokenizer.json and tokenizer_config.json; `trtllm-torch` takes the model's own
     config     what XShare may do; None: the model's own routing. An engine has it inside
+    mode       `on`, `shadow` (the model's own routing, counted as XShare's would be) or `off`, at the start
     limits     of `cpu` and `trtllm-torch`; max_batch_size and max_queue_size of all
     contract   of `CONTRACTS`, what clients call the text model and its inputs; `tensorrtllm` has the old one
     streaming  decoupled models: a request may ask for a stream. Without it, plain `infer` calls work
-    control    requests may turn XShare's dial (`cpu`)
+    control    requests may turn XShare's dial (`cpu`, `trtllm-torch`)
     ep_size    GPUs that the experts are spread over: budgets and statistics per GPU on `cpu`,
                moe_expert_parallel_size on `trtllm-torch`
     tp_size    GPUs of `trtllm-torch`
@@ -59,6 +61,7 @@ class Repository:
     engine: Path
     tokenizer: Path
     config: XShareConfig | None = None
+    mode: str = "on"
     limits: Limits = field(default_factory=Limits)
     contract: str = "llmapi"
     streaming: bool = True
@@ -67,6 +70,11 @@ class Repository:
     tp_size: int = 1
     plugin: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> Setting | None:
+        """What the text model starts with."""
+        return None if self.config is None else Setting(self.config, self.mode)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -124,18 +132,37 @@ def _check(repository: Repository) -> None:
         raise ValueError(f"contract {repository.contract!r}: must be one of {', '.join(CONTRACTS)}")
     if not (repository.engine / "config.json").is_file():
         raise ValueError(f"{repository.engine}: has no config.json")
-    if repository.control and repository.back_end != "cpu":
-        raise ValueError("control: is for the back end cpu")
+    _check_dial(repository)
     if repository.settings and repository.back_end == "cpu":
         raise ValueError(f"{next(iter(repository.settings))}: the back end cpu has no such settings")
     if repository.back_end != "tensorrtllm":
         _check_config(repository)
         return
     _engine_ranks(repository.engine)
+    if "accumulate_tokens" in repository.settings:
+        raise ValueError(
+            "accumulate_tokens: an engine's stream holds what is new, in an ensemble nobody keeps the rest; "
+            "for the text so far: --backend trtllm-torch"
+        )
     if repository.config is not None:
         raise ValueError("an engine has its budget inside: give the budget to `trtllm-build`")
     if repository.plugin is None or not repository.plugin.is_file():
         raise ValueError(f"plugin library {repository.plugin}: is not there; build it, or name it")
+
+
+def _check_dial(repository: Repository) -> None:
+    """`mode` and `control`."""
+    if repository.mode not in MODES:
+        raise ValueError(f"mode {repository.mode!r}: must be one of {', '.join(MODES)}")
+    if repository.mode == "on" and not repository.control:
+        return
+    asked = "control" if repository.mode == "on" else "mode"
+    if repository.back_end == "tensorrtllm":
+        raise ValueError(f"{asked}: is not for an engine, which has its budget inside")
+    if repository.config is None and (repository.back_end != "cpu" or asked == "mode"):
+        raise ValueError(f"{asked}: needs a configuration, such as a coverage")
+    if repository.back_end == "trtllm-torch" and repository.settings.get("enable_attention_dp"):
+        raise ValueError(f"{asked}: not with enable_attention_dp, where the workers' dial is fixed")
 
 
 def _check_config(repository: Repository) -> None:
@@ -210,8 +237,8 @@ def _write_text_model(folder: Path, repository: Repository) -> None:
 
         text = yaml.safe_dump(_llm_arguments(repository), sort_keys=False)
         (folder / "1" / "model.yaml").write_text(text, encoding="utf-8")
-        if repository.config is not None:
-            repository.config.to_yaml(folder / "1" / XSHARE)
+        if repository.setting is not None:
+            repository.setting.to_yaml(folder / "1" / XSHARE)
 
 
 def _llm_arguments(repository: Repository) -> dict[str, Any]:
@@ -335,7 +362,7 @@ def _text_settings(repository: Repository) -> dict[str, Any]:
     """What the text model's engine reads."""
     settings: dict[str, Any] = {
         "limits": asdict(repository.limits),
-        "config": None if repository.config is None else repository.config.to_dict(),
+        "setting": None if repository.setting is None else repository.setting.to_dict(),
     }
     if repository.back_end == "trtllm-torch":
         settings["end_id"] = special_token(repository.tokenizer, "eos_token")

@@ -34,7 +34,7 @@ LAST_ANSWERS = 0.5  # seconds for errors on their way to clients, before a broke
 EXIT_TIMEOUT = 10  # seconds for the server to end when it has no requests any more
 RESTART_WINDOW = 600.0  # seconds that restarts are counted over
 LONGEST_PAUSE = 30.0  # seconds
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _STUB = "triton_python_b"  # as the kernel cuts triton_python_backend_stub
 
 
@@ -64,20 +64,26 @@ class Server:
         self._headers = {name: self._key}
         environment = {**os.environ, "XSHARE_RESTARTS": str(restarts)}
         words = [word for part in command for word in (control if part == "@control" else [part])]
-        self.process = subprocess.Popen(
-            words, env=environment, start_new_session=True, preexec_fn=_end_with_parent
-        )
+        try:
+            self.process = subprocess.Popen(
+                words, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+            )
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{words[0]}: is not on PATH") from None
 
-    def is_broken(self) -> bool:
-        """True where the server or a process of a model has ended."""
+    def what_has_ended(self) -> str:
+        """The server, or a process of a model that it had; "" where all of them run."""
         if self.process.poll() is not None:
-            return True
-        alive = set(_stubs(self.process.pid))
-        is_lost = bool(self._stubs - alive)
-        self._stubs |= alive
-        if not self.was_ready and not is_lost:
+            return f"the server has ended with code {self.process.returncode}"
+        children = _children()
+        running = {pid for group in children.values() for pid, _, state in group if state not in "ZX"}
+        lost = self._stubs - running
+        if lost:
+            return f"process {lost.pop()} of a model has ended"
+        self._stubs |= set(_stubs(children, self.process.pid)) & running
+        if not self.was_ready:
             self.was_ready = self._call("GET", "/v2/health/ready")[0] == 200
-        return is_lost
+        return ""
 
     def unload(self) -> Iterator[None]:
         """Unloads one model after the other; a step per look at what is left to do."""
@@ -98,10 +104,12 @@ class Server:
         return code == 0
 
     def kill(self) -> None:
-        """End what is left of it, shared memory included."""
+        """End what is left of it, wherever its processes went: they hold the GPUs' memory. And its shared
+        memory."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        _kill_children()
         for region in Path("/dev/shm").glob(f"{self._shared_memory}*"):
             region.unlink(missing_ok=True)
 
@@ -128,23 +136,49 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _stubs(root: int) -> Iterator[int]:
-    """The running Python model processes below `root`. What one of them starts has its name until it becomes
-    what it is to be, and is none."""
-    children: dict[int, list[tuple[int, str, str]]] = {}  # by parent: process, name, state
+def _adopt_orphans() -> None:
+    """What processes of the server start, in sessions of their own too (MPI's daemons and ranks, the model's
+    process), become children of this process when their parents end."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _kill_children() -> None:
+    """All children of this process, and theirs, for all of which it is the parent in the end."""
+    deadline = time.monotonic() + EXIT_TIMEOUT  # one that waits for a device may not even be killed
+    while time.monotonic() < deadline:
+        for pid, _, _ in _children().get(os.getpid(), ()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
+
+
+def _children() -> dict[int, list[tuple[int, str, str]]]:
+    """All processes by their parent: number, name, state."""
+    children: dict[int, list[tuple[int, str, str]]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # it has just ended
-                head, _, rest = (entry / "stat").read_text().rpartition(")")
+                head, _, rest = (entry / "stat").read_text(errors="replace").rpartition(")")
                 state, parent = rest.split()[:2]
                 children.setdefault(int(parent), []).append((int(entry.name), head.partition("(")[2], state))
+    return children
+
+
+def _stubs(children: dict[int, list[tuple[int, str, str]]], root: int) -> Iterator[int]:
+    """The Python model processes below `root`. What one of them starts has its name until it becomes what it
+    is to be, and is none."""
     left = [root]
     while left:
-        for pid, name, state in children.get(left.pop(), ()):
-            if name != _STUB:
-                left.append(pid)
-            elif state not in "ZX":
+        for pid, name, _ in children.get(left.pop(), ()):
+            if name == _STUB:
                 yield pid
+            else:
+                left.append(pid)
 
 
 class Supervisor:
@@ -152,33 +186,37 @@ class Supervisor:
 
     def __init__(self, url: str, models: Sequence[str], command: Sequence[str]) -> None:
         self._arguments = url, models, command
+        self._drain_seconds = _number("DRAIN_SECONDS", 60)  # before it is needed
+        self._limit = int(_number("RESTARTS", 5))
         self._signals = 0
         self._starts: deque[float] = deque()
         self._restarts = 0
+        self._was_ever_ready = False
 
     def run(self) -> int:
         """The exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        limit = int(os.environ.get("RESTARTS", "5"))
+        _adopt_orphans()
         while True:
             server = Server(*self._arguments, self._restarts)
             try:
-                while not server.is_broken() and not self._signals:
+                while not (ended := server.what_has_ended()) and not self._signals:
                     time.sleep(POLL)
+                self._was_ever_ready |= server.was_ready
                 if self._signals:
                     return 0 if self._drain(server) else 1
                 time.sleep(LAST_ANSWERS)
             finally:
                 server.kill()
-            if not server.was_ready:
-                _say("the server ended before it was ready")
+            if not self._was_ever_ready:
+                _say(f"{ended}, before the server was ready")
                 return 1
-            if not self._may_restart(limit):
-                _say(f"{limit} restarts within {RESTART_WINDOW:.0f} s did not help")
+            if not self._may_restart():
+                _say(f"{ended}, {self._limit} restarts within {RESTART_WINDOW:.0f} s did not help")
                 return 1
             pause = min(2.0 ** (len(self._starts) - 1), LONGEST_PAUSE)
-            _say(f"the server or a process of its models has ended: starting it again in {pause:.0f} s")
+            _say(f"{ended}: starting the server again in {pause:.0f} s")
             if not self._sleep(pause):
                 return 0
 
@@ -187,7 +225,7 @@ class Supervisor:
 
     def _drain(self, server: Server) -> bool:
         """True where every request was finished."""
-        deadline = time.monotonic() + float(os.environ.get("DRAIN_SECONDS", "60"))
+        deadline = time.monotonic() + self._drain_seconds
         is_done = True
         if server.was_ready:
             for _ in server.unload():
@@ -198,13 +236,13 @@ class Supervisor:
                 time.sleep(POLL)
         return is_done and server.stop()  # else it is killed
 
-    def _may_restart(self, limit: int) -> bool:
+    def _may_restart(self) -> bool:
         now = time.monotonic()
         while self._starts and now - self._starts[0] > RESTART_WINDOW:
             self._starts.popleft()
         self._starts.append(now)
         self._restarts += 1
-        return len(self._starts) <= limit
+        return len(self._starts) <= self._limit
 
     def _sleep(self, seconds: float) -> bool:
         """False where a signal came meanwhile."""
@@ -212,6 +250,15 @@ class Supervisor:
         while time.monotonic() < deadline and not self._signals:
             time.sleep(POLL)
         return not self._signals
+
+
+def _number(name: str, default: float) -> float:
+    """An environment variable, from 0 on. Raises ValueError, naming it."""
+    text = os.environ.get(name, str(default))
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise ValueError(f"{name}={text}: must be a number from 0 on")
 
 
 def _say(message: str) -> None:
@@ -223,7 +270,11 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     if split < 3 or split + 1 >= len(sys.argv):
         raise SystemExit("usage: python3 -m xshare_trtllm.serving.supervise HOST:PORT MODEL... -- COMMAND...")
-    raise SystemExit(Supervisor(sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]).run())
+    try:
+        code = Supervisor(sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]).run()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"xshare: {error}") from None
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from xshare_trtllm.serving.generation import Busy, Chunk, OnChunk, Request
 from xshare_trtllm.serving.metrics import Statistics
+from xshare_trtllm.trtllm.setting import Setting
 
 if TYPE_CHECKING:
     from xshare_trtllm.serving.engine import Generation
@@ -47,6 +48,8 @@ class Worker:
         self._is_closing = False
         self.vocabulary = 0
         self.statistics = Statistics()
+        setting = settings["setting"]
+        self.setting = None if setting is None else Setting.from_dict(setting)
         self._start(settings)
         self._thread = threading.Thread(target=self._read, name="xshare-worker", daemon=True)
         self._thread.start()
@@ -75,10 +78,14 @@ class Worker:
                 with suppress(OSError):  # its process has died, and the request with it
                     self._connection.send(("cancel", number))
 
-    def configure(self, config: dict[str, Any] | None) -> None:
-        """Another configuration (`XShareConfig.to_dict`) from the next step on; None: the model's own."""
-        with self._lock, suppress(OSError):
-            self._connection.send(("configure", -1, config))
+    def configure(self, setting: Setting) -> None:
+        """Another setting from the next step on. Raises Busy where the process has ended."""
+        with self._lock:
+            if self._is_over or self._is_closing:
+                raise Busy("the model's process has ended: try again later")
+            with suppress(OSError):  # it has just died, and the reader will find it
+                self._connection.send(("configure", -1, setting.to_dict()))
+        self.setting = setting
 
     @property
     def pid(self) -> int:
@@ -174,7 +181,6 @@ def main() -> None:
             with known:
                 generations.pop(number, None)
 
-    from xshare_trtllm.config import XShareConfig
     from xshare_trtllm.serving.engine import load_engine
 
     try:
@@ -192,7 +198,7 @@ def main() -> None:
             engine.close()
             os._exit(0)  # at once: there is nothing to keep
         if kind == "configure":
-            engine.configure(None if values[0] is None else XShareConfig.from_dict(values[0]))
+            engine.configure(Setting.from_dict(values[0]))
             continue
         if kind == "cancel":
             with known:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xshare_trtllm.config import MODES, XShareConfig
+from xshare_trtllm.report import write_aside
 
 
 class Setting(NamedTuple):
@@ -40,3 +41,13 @@ class Setting(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         return self.config.to_dict() | {"mode": self.mode}
+
+    def to_yaml(self, path: Path | None = None) -> str:
+        """The file's text; written to `path` where given, which is whole at any time."""
+        import yaml
+
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            with write_aside(path) as aside:
+                aside.write_text(text, encoding="utf-8")
+        return text

@@ -249,7 +249,8 @@ class Enabled:
 
     def _count(self) -> Tensor:
         """[layers that are not off, 8] int64 on the model's device: what the layers count in."""
-        counting = [layer.routing for layer in self._layers if not layer.routing.is_off]
+        self.counted = [index for index, layer in enumerate(self._layers) if not layer.routing.is_off]
+        counting = [self._layers[index].routing for index in self.counted]
         with torch.inference_mode(False):  # or they could only be written to in inference mode
             counters = torch.zeros(len(counting), ops.NUM_STATS, dtype=torch.int64, device=self._device)
         for routing, row in zip(counting, counters, strict=True):

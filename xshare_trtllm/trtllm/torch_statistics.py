@@ -34,6 +34,7 @@ class Reporter:
         self._on_host: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._before = torch.zeros(self._counters.shape, dtype=torch.int64)
         self._totals = dict.fromkeys((*SUMS, "rows", "stood_aside"), 0)
+        self._layers = torch.zeros(len(self._counters), _ROWS + 2, dtype=torch.int64)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="xshare-report")  # a slow disk delays no step
 
     def start(self) -> None:
@@ -72,11 +73,20 @@ class Reporter:
         self._writer.submit(self._write, statistics)
 
     def _statistics(self, new: Tensor, steps: int) -> dict[str, Any]:
-        """new [layers, 8]: counted since the last report, over which the host made `steps` steps."""
+        """new [layers, 8]: counted since the last report, over which the host made `steps` steps. `by_layer`
+        is what each layer has counted since the start: the statistics, of which the last are rows and steps
+        that stood aside."""
         rows = new[:, _ROWS] & 0xFFFFFFFF
         for name, place in SUMS.items():
             self._totals[name] += int(new[:, place].sum())
+        asides = new[:, _ROWS] >> 32
         self._totals["rows"] += int(rows.sum())
-        self._totals["stood_aside"] += int((new[:, _ROWS] >> 32).sum())
+        self._totals["stood_aside"] += int(asides.sum())
+        self._layers += torch.cat([new[:, :_ROWS], rows[:, None], asides[:, None]], dim=1)
         silent = [layer for layer, count in enumerate(rows.tolist()) if count == 0] if steps else []
-        return self._totals | {"steps": self._steps_read, "recent_steps": steps, "silent_layers": silent}
+        return self._totals | {
+            "steps": self._steps_read,
+            "recent_steps": steps,
+            "silent_layers": silent,
+            "by_layer": self._layers.tolist(),
+        }

@@ -118,7 +118,9 @@ def _follow(engine: Any, setting: Setting, folder: RunFolder) -> None:
         "state": "on",
         "rank": rank,
         "world_size": world_size,
+        "stage": int(getattr(getattr(engine, "mapping", None), "pp_rank", 0)),
         "layers": len(engine.xshare),
+        "counted": engine.xshare.counted,
         "backends": engine.xshare.backends(),
         "config_hash": settings_hash(setting.to_dict()),
     }

@@ -57,13 +57,18 @@ class TritonPythonModel:
         }
 
     def _words(self, name: str, words: Any) -> Any:
-        """[1, 2, n]: the tokens of all words, one after the other; where each word ends, filled up with
-        -1."""
+        """[1, 2, n]: the tokens of all words, one after the other; where each word ends, filled up with -1.
+
+        The engine compares tokens, and a word behind a space has others than at the beginning of a text: it
+        is given as both.
+        """
         ids: list[int] = []
         ends: list[int] = []
-        for word in [] if words is None else words.reshape(-1):
-            tokens = self.tokenizer.encode(text(name, word), add_special_tokens=False).ids
-            if tokens:  # an empty word would end where the one before it does: a stop at once
+        given = [] if words is None else [text(name, word) for word in words.reshape(-1)]
+        for word in given:
+            both = [word, f" {word}"] if word else []  # an empty one would be a stop at once
+            forms = {tuple(self.tokenizer.encode(form, add_special_tokens=False).ids): None for form in both}
+            for tokens in filter(None, forms):
                 ids += tokens
                 ends.append(len(ids))
         length = max(len(ids), len(ends), 1)

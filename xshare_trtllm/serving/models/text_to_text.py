@@ -12,8 +12,10 @@ import itertools
 import json
 import os
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from xshare_trtllm.config import XShareConfig
+from xshare_trtllm.config import MODES, XShareConfig
 from xshare_trtllm.serving.contracts import CONTRACTS, CONTROL, NEUTRAL, PENALTIES, READ, Contract
 from xshare_trtllm.serving.generation import Busy, Chunk, Limits, Request
 from xshare_trtllm.serving.metrics import TritonPublisher
 from xshare_trtllm.serving.models.common import one, parameters, pb_utils, refusal, text
 from xshare_trtllm.serving.text import load_tokenizer
+from xshare_trtllm.trtllm.setting import Setting
 
 CHECK_PERIOD = 0.02  # seconds between two looks at what clients have cancelled
 METRICS_PERIOD = 0.2  # seconds between two updates of the metrics endpoint: a short request is seen
@@ -96,8 +99,6 @@ class TritonPythonModel:
         )
         self.names = {tensor.name: ours for ours, tensor in self.contract.inputs.items()}
         self.names |= {tensor.name: tensor.name for tensor in CONTROL}
-        self.config = XShareConfig.from_dict(settings["config"]) if settings["config"] else None
-        self.is_on = self.config is not None
         self.end_id = settings["end_id"]
         self.answers: dict[int, _Answer] = {}
         self.keys = itertools.count()
@@ -148,8 +149,8 @@ class TritonPythonModel:
 
         arguments = yaml.safe_load((folder / "model.yaml").read_text(encoding="utf-8"))
         self.penalties = PENALTIES
-        xshare = folder / "xshare.yaml" if self.config is not None else None
-        self.engine = LLMEngine({**settings, "llm": arguments, "xshare": xshare})
+        xshare = None if settings["setting"] is None else folder / "xshare.yaml"
+        self.engine = LLMEngine({**settings, "llm": arguments, "xshare": xshare}, self.is_over.set)
         self.encode = self.engine.encode
 
     def _submit(self, request: Any, sender: Any) -> None:
@@ -235,28 +236,41 @@ class TritonPythonModel:
                 self.engine.cancel(answer.number)
 
     def _configure(self, inputs: _Inputs) -> str:
-        """Turn XShare's dial as the request says; what it stands on now."""
-        state = text("xshare", inputs.arrays.get("xshare", np.array(["on"], dtype=object)).reshape(-1)[0])
-        if state not in ("on", "off"):
-            raise ValueError(f"xshare={state!r}: must be on or off")
+        """Turn XShare's dial as the request says, and leave what it does not name; what it stands on now."""
+        now: Setting | None = self.engine.setting
+        mode = "on" if now is None else now.mode
+        if "xshare" in inputs.arrays:
+            mode = text("xshare", one("xshare", inputs.arrays["xshare"]))
+        if mode not in MODES:
+            raise ValueError(f"xshare={mode!r}: must be {', '.join(MODES)}")
         if "xshare_coverage" in inputs.arrays:
             coverage = round(float(one("xshare_coverage", inputs.arrays["xshare_coverage"])), 6)  # of an fp32
-            options = {} if self.config is None else self.config.to_dict()
-            self.config = XShareConfig.from_dict({**options, "coverage": coverage})
-        if state == "on" and self.config is None:
-            raise ValueError("xshare=on: this repository has no configuration, give xshare_coverage")
-        self.is_on = state == "on"
-        self.engine.configure(self.config.to_dict() if self.config and self.is_on else None)
-        return self.config.to_yaml().strip() if self.config and self.is_on else "off"
+            options = {} if now is None else now.config.to_dict()
+            config = XShareConfig.from_dict({**options, "coverage": coverage})
+        elif now is not None:
+            config = now.config
+        else:
+            raise ValueError(f"xshare={mode}: this repository has no configuration, give xshare_coverage")
+        setting = Setting(config, mode)
+        self.engine.configure(setting)
+        return setting.to_yaml().strip()
 
     def _send(self) -> None:
+        try:
+            self._send_chunks()
+        except Exception:  # nobody would get an answer any more: the server is started anew (supervise.py)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _send_chunks(self) -> None:
         check = metrics = 0.0
         while True:
             try:
                 item = self.chunks.get(timeout=CHECK_PERIOD)
             except queue.Empty:
                 if self.is_over.is_set():
-                    os._exit(1)  # no engine any more: the server is started anew (supervise.py)
+                    os._exit(1)  # no engine any more
             else:
                 if item is None:
                     return
