@@ -65,11 +65,6 @@ def available() -> bool:
     return _load() is not None
 
 
-def cuda_available() -> bool:
-    """True where the kernels for a CUDA device are there or can be compiled. It does not ask for a GPU."""
-    return why_no_cuda() is None
-
-
 def why_no_cuda() -> str | None:
     """What is missing for tensors on a CUDA device, with the command that helps; None = nothing."""
     if _load_cuda() is not None or (why_not() is None and available()):

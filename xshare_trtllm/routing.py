@@ -303,4 +303,4 @@ def _native_is_built() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
 def _cuda_is_built() -> bool:
-    return ops.cuda_available()
+    return ops.why_no_cuda() is None

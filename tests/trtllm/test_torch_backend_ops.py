@@ -161,7 +161,7 @@ def test_without_the_library_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     for function in (ops._load_cuda, ops._prebuilt):
         function.cache_clear()
     try:
-        assert not ops.cuda_available()
+        assert ops.why_no_cuda()
         with pytest.raises(RuntimeError, match=r"pip install it\), and libnone\.so is not built"):
             ops._prebuilt()
     finally:

@@ -228,8 +228,9 @@ class Enabled:
         mapping = getattr(first, "mapping", None)
         _check_budgets(config, len(found), mapping)
         self._device = _device(first)
-        if self._device.type == "cuda" and not ops.cuda_available():
-            raise RuntimeError(f"XShare: {ops.why_no_cuda()}")
+        missing = ops.why_no_cuda() if self._device.type == "cuda" else None
+        if missing:
+            raise RuntimeError(f"XShare: {missing}")
         self._plans = [_named(i, layer_plan, layer.modules[0], layer.block) for i, layer in enumerate(found)]
         _check_compiled(first)
         group = _attention_dp_group(mapping)  # a collective: after what can be refused before it
