@@ -155,7 +155,7 @@ def test_contract_switches_of_the_environment(fake_runtime: Callable[..., list[s
 # ---- Built by nvcc ----------------------------------------------------------------------------------------
 
 # Experts per lane and architecture: 128 and 256 experts, or all.
-BUILDS = [(4, "80"), (8, "90")]
+BUILDS = [(4, "80"), (8, "90"), (12, "90")]
 if os.environ.get("XSHARE_ALL_KERNELS") == "1":
     BUILDS = [(experts, sm) for experts in (1, 2, 4, 8, 12, 16) for sm in ("80", "90", "100", "120")]
 MAX_STATIC_SHARED = 48 * 1024
@@ -205,7 +205,7 @@ def max_threads(kernel: str, experts_per_lane: int) -> int:
     """Of plugins/cuda/args.h; two blocks of the other kernels fit a multiprocessor."""
     if kernel not in STEP_KERNELS:
         return 2 * 256
-    return 512 if experts_per_lane <= 12 else 384
+    return 512 if experts_per_lane <= 8 else 384
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc in CUDACXX, PATH or /usr/local/cuda")

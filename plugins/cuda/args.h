@@ -20,7 +20,7 @@ constexpr int kTeamRows = 8;
 constexpr int kRowThreads = 256;  // of the kernels for many rows
 
 // The most threads of a step kernel, by the registers that a row takes.
-constexpr int step_threads(int experts_per_lane) { return experts_per_lane <= 12 ? 512 : 384; }
+constexpr int step_threads(int experts_per_lane) { return experts_per_lane <= 8 ? 512 : 384; }
 
 // Rows that one block takes though there are clusters: as many as 900 instructions each keep the four
 // schedulers of a multiprocessor busy with for about as long as one row's chain of them and a cluster's

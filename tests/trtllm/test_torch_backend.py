@@ -638,5 +638,5 @@ def test_contract_llm_in_this_process(trtllm: Any) -> None:
 def test_contract_a_gpu_needs_the_library(trtllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "_device", lambda module: torch.device("cuda"))
     monkeypatch.setattr(ops, "why_no_cuda", lambda: "kernels cannot be compiled here")
-    with pytest.raises(RuntimeError, match="^XShare: kernels cannot be compiled here"):
+    with pytest.raises(RuntimeError, match=r"^XShare: kernels cannot be compiled here"):
         enable(engine_of(trtllm, cutlass(trtllm)).model, SMALL)

@@ -31,6 +31,7 @@ from xshare_trtllm.config import NO_LIMIT, SCORINGS, UTILITIES, RouterSpec, XSha
 from xshare_trtllm.graph.inputs import GraphInputs
 from xshare_trtllm.graph.routing import INPUT_NAMES, Outputs
 from xshare_trtllm.kernels.compile import source_folder
+from xshare_trtllm.kernels.setting import experts_per_lane, step_threads
 
 NAMESPACE = "xshare"
 MAX_ROWS = 256  # kStepRows of plugins/cuda/args.h: what one launch can take
@@ -38,7 +39,6 @@ COMPUTE_CAPABILITIES = {"SM80": 80, "SM90": 90}  # and what is newer; SM90 with 
 
 _MAX_CLUSTER = 8  # kPortableTeamSize of plugins/cuda/args.h
 _TEAM_ROWS = 8  # kTeamRows of plugins/cuda/args.h
-_EXPERTS_PER_LANE = (1, 2, 4, 8, 12, 16)  # kExpertsPerLane of plugins/cuda/plan.h
 _LOGITS_TYPES = ("FLOAT", "BF16", "HALF")  # names in tensorrt.DataType, in the order of xshare_dtype
 _INPUT_TYPES = {"correction_bias": "FLOAT", "request_ids": "INT32", "exempt": "BOOL", "expert_gpu": "INT32"}
 _OUTPUT_TYPES = ("INT32", "FLOAT", "BOOL")
@@ -138,12 +138,11 @@ class StepKernel:
 
     @property
     def experts_per_lane(self) -> int:
-        return next(lanes for lanes in _EXPERTS_PER_LANE if self.spec.num_experts <= 32 * lanes)
+        return experts_per_lane(self.spec.num_experts)
 
     @property
     def max_threads(self) -> int:
-        """As step_threads in plugins/cuda/args.h: by the registers that a row takes."""
-        return 512 if self.experts_per_lane <= 12 else 384
+        return step_threads(self.experts_per_lane)
 
     @property
     def num_blocks(self) -> int:

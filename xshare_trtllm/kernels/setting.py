@@ -14,12 +14,21 @@ KERNELS = (
     *("order_rows", "sum_requests", "propose", "refine_rows", "tally_rows"),
 )
 ROW_THREADS = 256  # kRowThreads of plugins/cuda/args.h
-_EXPERTS_PER_LANE = (1, 2, 4, 8, 12, 16)  # kExpertsPerLane of plugins/cuda/plan.h
 # xshare_route_tensors without router_logits, which are always there.
 _POINTERS = (
     *("correction_bias", "request_ids", "exempt", "expert_gpu", "expert_ids", "expert_weights"),
     *("masked_logits", "active_experts", "stats", "step_bias", "dial"),
 )
+
+
+def experts_per_lane(num_experts: int) -> int:
+    """Of plugins/cuda/plan.h: the least for which there are kernels."""
+    return next(lanes for lanes in (1, 2, 4, 8, 12, 16) if num_experts <= 32 * lanes)
+
+
+def step_threads(lanes: int) -> int:
+    """Of plugins/cuda/args.h: by the registers that a row of so many experts per lane takes."""
+    return 512 if lanes <= 8 else 384
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +60,6 @@ class Setting:
         has = tuple(address != 0 for address in addresses)
         return cls(experts, top_k, scoring, groups, top_k_groups, dtype, warmup, utility, on, has)
 
-    @property
-    def experts_per_lane(self) -> int:
-        return next(lanes for lanes in _EXPERTS_PER_LANE if self.num_experts <= 32 * lanes)
-
     def kernels(self, has_clusters: bool) -> tuple[str, ...]:
         """Those that a call of any number of rows may take."""
         left_out = set() if has_clusters else {"route_team"}
@@ -66,12 +71,11 @@ class Setting:
 
     def macros(self, kernel: str) -> dict[str, int | str]:
         """Of plugins/cuda/fixed.cu, for one of KERNELS."""
-        lanes = self.experts_per_lane
-        step_threads = 512 if lanes <= 12 else 384  # step_threads of plugins/cuda/args.h
+        lanes = experts_per_lane(self.num_experts)
         values: dict[str, int | str] = {
             "NAME": f"xshare_{kernel}",
             "KERNEL_ID": KERNELS.index(kernel),
-            "THREADS": step_threads if kernel in KERNELS[:2] else ROW_THREADS,
+            "THREADS": step_threads(lanes) if kernel in KERNELS[:2] else ROW_THREADS,
             "EXPERTS_PER_LANE": lanes,
             "NUM_EXPERTS": self.num_experts,
             "TOP_K": self.top_k,
