@@ -99,7 +99,7 @@ XSHARE_DEVICE int gather_requests_at_once(const RouteArgs& args, int this_warp, 
     return this_warp < args.p.num_tokens ? this_warp : -1;
 }
 
-// Returns the row that is left in `row`, whose own choice has not been written yet, or -1.
+// Returns the row that is left in `row`, or -1; its own choice may not have been written yet.
 template <typename Team, int V>
 XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_warps, StepShared<V>& shared,
                               Row<V>& row) {
@@ -125,6 +125,8 @@ XSHARE_DEVICE int gather_step(const RouteArgs& args, int this_warp, int team_war
         add_lanes(shared.proposing.scored.utility[device::warp()], sums);
     };
     gather_requests(args, this_warp, team_warps, shared.proposing.rows, add_row, shared.gathered);
+    if (last >= 0) write_own(args, last, row);  // before the barrier: another block may refine the row
+    row.is_whole = false;
     return last;
 }
 
