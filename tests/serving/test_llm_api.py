@@ -194,6 +194,26 @@ def test_contract_a_death_ends_what_it_has_and_is_told(
     assert chunks.empty()
 
 
+def test_what_cannot_be_read_is_said_once_and_looked_at_again(
+    made: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: RunFolder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(llm_api, "PERIOD", 0.02)
+    monkeypatch.setattr("xshare_trtllm.trtllm.use", lambda path: None)
+    for rank in range(2):
+        report(folder, rank)
+    engine = LLMEngine({**SETTINGS, "xshare": folder.config_path})
+    assert engine.statistics.setting is not None
+    report(folder, 0, counted=[0, 1])  # of another version, say
+    wait_for(lambda: engine.statistics.setting is None, 10)
+    report(folder, 0)
+    wait_for(lambda: engine.statistics.setting is not None, 10)
+    engine.close()
+    assert capsys.readouterr().err.count("xshare: the workers cannot be seen: zip()") == 1
+
+
 async def no_answer(_number: int) -> None:
     """In place of an LLM's, which may hang where a rank is gone."""
 

@@ -153,14 +153,22 @@ class LLMEngine:
     def _look(self) -> None:
         """On a thread of its own: a slow file system delays no answer."""
         is_well: Callable[[], bool] = getattr(self._llm, "_check_health", lambda: True)  # from 1.1 on
+        said = ""
         while not self._is_closing.wait(PERIOD):
-            self._routing = self._read_routing()
-            if self._routing.dead or not is_well():
-                break
+            try:
+                self._routing = self._read_routing()
+                if self._routing.dead or not is_well():
+                    break
+            except (
+                Exception
+            ) as error:  # a file system that is away, say: the metrics show it, the watch goes on
+                self._routing = Routing()
+                if said != (said := f"the workers cannot be seen: {error}"):
+                    _say(said)
         if self._is_closing.is_set():
             return
         who = ", ".join(f"rank {rank}" for rank in self._routing.dead) or "the LLM"
-        print(f"xshare: {who} has ended", file=sys.stderr, flush=True)
+        _say(f"{who} has ended")
         self._is_over = True
         for number in list(self._open):
             self._hand_on(number, Chunk(finish="error", error="the model's process ended; try again"))
@@ -197,6 +205,10 @@ class LLMEngine:
             if finish is not None:
                 return seen_tokens, finish
         raise RuntimeError("the answer ended without a reason")
+
+
+def _say(message: str) -> None:
+    print(f"xshare: {message}", file=sys.stderr, flush=True)
 
 
 def _finish(output: Any) -> FinishReason:
