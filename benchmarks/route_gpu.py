@@ -5,8 +5,10 @@
 Written ahead of a run on a GPU. Every time is a median over replays of a captured graph that holds 20 calls
 over 4 input sets; each replay starts behind a busy GPU. So the host's launches are out of it, and the logits
 are in L2, as after a router's GEMM. All ratios are within one run on one card. `floor` is the same graph with
-a kernel that does nothing. Whatever a baseline raises costs its own column alone. Rows that PATH has from
-this machine and commit are not measured again, but for columns that are new.
+a kernel that does nothing; `jit` is our kernel as Python takes it, compiled at first use for the setting (where
+cuda-python is installed), while `xshare` and `plain` are the library's. Whatever a baseline raises costs its
+own column alone. Rows that PATH has from this machine and commit are not measured again, but for columns that
+are new.
 
 Calls one after another have their instructions in the cache, and ours overlap their launches, as those of
 `triton_pdl` do. `in_model` is what a call adds to a graph in which it follows a product with 64 MB of weights
@@ -26,10 +28,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "gpu"))
 
-from device_routing import Call, Inputs, Outputs, Settings  # noqa: E402
+from device_routing import Call, Inputs, Outputs, Settings, plan_launches  # noqa: E402
 from gpu_report import read_results, time_graph, write_report  # noqa: E402
 from route_baselines import FlashinferTopK, route_torch  # noqa: E402
 from route_targets import DECIDING, describe, judge  # noqa: E402
+
+try:
+    from xshare_trtllm.kernels.compile import why_not
+    from xshare_trtllm.kernels.launch import enqueue
+except ImportError:
+    why_not = None
 
 try:
     import route_triton
@@ -51,8 +59,11 @@ CASES = {f"T={rows} {name}": (rows, *shape) for name, shape in SHAPES.items() fo
 COMPILED_ROWS = (16, 64)
 HIDDEN, LARGE = 4096, 8192  # of the products ahead of the call in a model
 PUBLIC = ("triton_us", "triton_pdl_us", "flashinfer_us")
-TIMES = ("xshare_us", "plain_us", *PUBLIC, "eager_us", "compiled_us", "floor_us")
-COLUMNS = (*TIMES, "over_plain", "over_public", "in_model_us", "in_model_over_plain", "in_model_over_public")
+TIMES = ("xshare_us", "jit_us", "plain_us", *PUBLIC, "eager_us", "compiled_us", "floor_us")
+COLUMNS = (
+    *(*TIMES, "over_plain", "over_public", "in_model_us", "jit_in_model_us"),
+    *("in_model_over_plain", "in_model_over_public"),
+)
 Row = dict[str, Any]
 Work = Callable[[int], Any]  # enqueues the call over one input set
 
@@ -102,6 +113,20 @@ def native(settings: Settings, inputs: list[Inputs]) -> Work:
     return enqueue
 
 
+def compiled_at_first_use(settings: Settings, inputs: list[Inputs]) -> Work:
+    """The same calls by the kernels of xshare_trtllm/kernels."""
+    outputs = [Outputs(i.router_logits, settings.top_k, ("expert_ids", "expert_weights")) for i in inputs]
+    calls = [Call(settings, i, o) for i, o in zip(inputs, outputs, strict=True)]
+
+    def run(index: int) -> tuple[torch.Tensor, ...]:
+        call = calls[index]
+        enqueue(call.params, call.tensors, inputs[index].router_logits.device, plan_launches)
+        return outputs[index].tensors[0], outputs[index].tensors[1]
+
+    run(0)  # loads them, ahead of the capture
+    return run
+
+
 def over(inputs: list[Inputs], route: Callable[..., Any], *more: Any) -> Work:
     return lambda index: route(inputs[index].router_logits, inputs[index].correction_bias, *more)
 
@@ -131,6 +156,8 @@ def contestants(settings: Settings, inputs: list[Inputs]) -> dict[str, Callable[
         "eager_us": lambda: over(inputs, route_torch, settings),
         "floor_us": lambda: lambda index: torch.cuda._sleep(0),
     }
+    if why_not is not None and why_not() is None:
+        made["jit_us"] = lambda: compiled_at_first_use(settings, inputs)
     if route_triton is not None:
         made["triton_us"] = lambda: over(inputs, route_triton.TritonTopK(logits, plain))
         if route_triton.has_programmatic_launch() and torch.cuda.get_device_capability() >= (9, 0):
@@ -156,7 +183,7 @@ def measure_alone(row: Row, settings: Settings, inputs: list[Inputs]) -> dict[st
 
         def measure(column: str = column, make: Callable[[], Work] = make) -> float:
             works[column] = make()
-            if column in PUBLIC or column == "eager_us":
+            if column in PUBLIC or column in ("eager_us", "jit_us"):
                 chosen_by = without_sharing(settings) if column in PUBLIC else settings
                 check_choice(chosen_by, inputs[0], works[column])
             return time_in_graph(works[column])
@@ -172,7 +199,7 @@ def measure_in_model(row: Row, inputs: list[Inputs], works: dict[str, Work]) -> 
     if not attempt(row, "model_us", lambda: time_in_graph(model)):
         return
     for column, work in works.items():
-        if column in ("xshare_us", "plain_us", *PUBLIC):
+        if column in ("xshare_us", "jit_us", "plain_us", *PUBLIC):
             name = column.removeprefix("xshare_").replace("us", "in_model_us")
             attempt(row, name, lambda work=work: time_in_graph(model.then(work)) - row["model_us"])
     attempt(row, "model_again_us", lambda: time_in_graph(model))

@@ -34,6 +34,7 @@ NUM_STATS = 8
 
 _PARAMS = struct.Struct("@I6if7ifd")  # xshare_route_params
 _TENSORS = struct.Struct("@I12P")  # xshare_route_tensors
+_PLAN_BYTES = struct.calcsize("@IiQQ28i")  # xshare_launch_plan
 
 
 def library_path() -> Path:
@@ -50,6 +51,13 @@ def library() -> ctypes.CDLL:
         loaded.xshare_route_cuda.argtypes = [pointer, pointer, pointer, size, pointer]
         loaded.xshare_cuda_workspace_size.argtypes = [pointer, ctypes.POINTER(size)]
     return loaded
+
+
+def plan_launches(params: bytes, tensors: bytes, gpu: bytes) -> bytes:
+    """An `xshare_launch_plan`."""
+    plan = ctypes.create_string_buffer(struct.pack("@I", _PLAN_BYTES), _PLAN_BYTES)
+    check(library().xshare_plan_launches(params, tensors, gpu, plan))
+    return plan.raw
 
 
 def check(status: int) -> None:
