@@ -3,11 +3,12 @@
     python benchmarks/route_gpu.py [--json PATH] [--rows deciding|rest|all] [--compiled]
 
 Written ahead of a run on a GPU. Every time is a median over replays of a captured graph that holds 20 calls
-over 4 input sets; each replay starts behind a busy GPU. So the host's launches are out of it, and the logits
-are in L2, as after a router's GEMM. All ratios are within one run on one card. `floor` is the same graph with
-a kernel that does nothing; `jit` is our kernel as Python takes it, compiled at first use (where cuda-python is
-installed), while `xshare` and `plain` are the library's. Whatever a baseline raises costs its own column alone.
-Rows that PATH has from this machine and commit are not measured again, but for columns that are new.
+over 4 input sets; each replay starts behind a busy GPU. So the host's launches are out of it, and the
+logits are in L2, as after a router's GEMM. All ratios are within one run on one card. `floor` is the same
+graph with a kernel that does nothing; `jit` is our kernel as Python takes it, compiled at first use (where
+cuda-python is installed), while `xshare` and `plain` are the library's. Whatever a baseline raises costs
+its own column alone. Rows that PATH has from this machine and commit are not measured again, but for
+columns that are new.
 
 Calls one after another have their instructions in the cache, and ours overlap their launches, as those of
 `triton_pdl` do. `in_model` is what a call adds to a graph in which it follows a product with 64 MB of weights
