@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds what a recipe says, the plugin first where it is not there yet.
+# Builds what a recipe says, the plugin first where an engine needs it and it is not there yet.
 #
 #     build_scripts/build_engine.sh engines/RECIPE.yaml [OPTION OF xshare build]...
 #
@@ -22,8 +22,8 @@ esac
 [[ -f $1 ]] || stop "$1: no such file"
 
 python=${PYTHON:-python3}
-lib=$root/xshare_trtllm/lib
-if [[ " $* " != *" --dry-run "* && ! (-f $lib/libxshare_cuda.so && -f $lib/libnvinfer_plugin_xshare.so) ]]; then
+plugin=${XSHARE_PLUGIN:-$root/xshare_trtllm/lib/libnvinfer_plugin_xshare.so}
+if [[ " $* " != *" --dry-run "* && ! -f $plugin ]] && grep -q '^path: engine' "$1"; then
     "$root/build_scripts/build_plugin.sh" "$architecture"
 fi
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -c 'from xshare_trtllm.cli import main; main()' \

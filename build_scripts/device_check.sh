@@ -13,6 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-build/device_check}
 python=${PYTHON:-python3}
+[[ ${XSHARE_CHECK_SECONDS:-350} =~ ^[0-9]+$ ]] || { echo "XSHARE_CHECK_SECONDS must be a number of seconds" >&2; exit 2; }
 grace=3 # between asking a step to end and killing it
 deadline=$((SECONDS + ${XSHARE_CHECK_SECONDS:-350} - grace - 2))
 site=build/device_site

@@ -17,7 +17,7 @@ stop() {
     exit 2
 }
 
-[[ $version =~ ^3\.[0-9]+$ ]] || stop "unknown Python version '$version': give 3.10 or newer"
+[[ $version =~ ^3\.[1-9][0-9]+$ ]] || stop "unknown Python version '$version': give 3.10 or newer"
 [[ $machine == x86_64 || $machine == aarch64 ]] || stop "unknown machine '$machine': give x86_64 or aarch64"
 "$python" -m pip --version >/dev/null 2>&1 || stop "$python has no pip"
 

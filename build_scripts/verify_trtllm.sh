@@ -6,8 +6,8 @@
 #     build_scripts/verify_trtllm.sh [engine|pytorch|all] [FOLDER]     (default: all, build/verify_trtllm)
 #     build_scripts/verify_trtllm.sh --list                            the steps, without running any
 #
-# Needs tensorrt_llm, transformers and xshare_trtllm in PYTHON (default: python3), and the libraries that
-# build_scripts/build_plugin.sh makes. Ends with one table of what passed and failed, with the versions, to be
+# Needs tensorrt_llm, transformers and xshare_trtllm in PYTHON (default: python3), and for part engine the plugin
+# that build_scripts/build_plugin.sh makes. Ends with one table of what passed and failed, with the versions, to be
 # pasted into an issue; the exit status is 1 where a step failed. A step's output is in FOLDER/<step>.log.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -18,10 +18,12 @@ import pytest
 from xshare_trtllm.doctor import find_image
 from xshare_trtllm.engines.environment import PACKAGE
 from xshare_trtllm.trtllm.build_command import OUR_IMPORT
+from xshare_trtllm.trtllm.startup import HOOK_LINE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCTOR = [sys.executable, "-c", "from xshare_trtllm.cli import main; main()", "doctor"]
 QUERY = "--query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader"
+INSTALL_HOOK = "xshare trtllm --install"
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05, 81559 MiB"
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the libraries")
@@ -50,6 +52,7 @@ class Machine:
     def trtllm(self, version: str, stand_in: str) -> None:
         self.install("tensorrt-llm", version)
         self.environment["PYTHONPATH"] += f":{ROOT / 'tests' / 'trtllm' / stand_in}"
+        (self.packages / "sitecustomize.py").write_text(HOOK_LINE)  # as the line in site-packages
 
     def command(self, name: str, text: str) -> None:
         path = self.commands / name
@@ -175,6 +178,10 @@ def test_contract_a_machine_where_both_paths_run(machine: Machine) -> None:
     need = ("--need", "trtllm-serve", "--model")
     assert machine.run(*need, "GptOssForCausalLM").returncode == 0
     assert machine.run(*need, "PhiMoEForCausalLM").returncode == 1
+    (machine.packages / "sitecustomize.py").unlink()  # an editable installation has no line in site-packages
+    checks = machine.examine()
+    assert checks["worker processes"]["mend"] == checks["trtllm-serve with XShare"]["mend"] == INSTALL_HOOK
+    assert machine.run(*need, "GptOssForCausalLM").returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -196,6 +203,8 @@ def test_which_image_a_gpu_runs(capability: tuple[int, int], found: str) -> None
     )
     assert defaults is not None
     assert find_image(defaults[1].split(), capability) == found
+    assert find_image(["90", "90a-real", "native"], (9, 0)) == "machine code for 9.0"
+    assert find_image(["90"], (12, 0)).startswith("PTX of 9.0")
     assert find_image(["87-real"], capability) == (
         "machine code for 8.7" if capability in ((8, 7), (8, 9)) else ""
     )
@@ -203,7 +212,7 @@ def test_which_image_a_gpu_runs(capability: tuple[int, int], found: str) -> None
 
 @needs_compiler
 def test_contract_a_library_without_code_for_the_gpu(machine: Machine) -> None:
-    """Not the library, then, but the kernels that are compiled; a plugin has only its own."""
+    """The kernels that are compiled serve where no library is named; a plugin has only its own."""
     machine.trtllm("1.2.1", "torch_stand_in")
     machine.gpu(H100)
     machine.library("XSHARE_PLUGIN", PLUGIN.replace(HEADERS, f"{HEADERS}, code for 80-real 120-virtual"))
@@ -219,6 +228,11 @@ def test_contract_a_library_without_code_for_the_gpu(machine: Machine) -> None:
     assert not engine["ok"] and engine["found"] == "libnvinfer_plugin_xshare.so on GPU 0: no code for it"
     if checks["compiled kernels"]["ok"]:
         assert "by NVRTC" in str(checks["compiled kernels"]["found"])
+    serve = checks["trtllm-serve with XShare"]  # takes the library that is named
+    assert not serve["ok"] and serve["found"] == "libxshare_cuda.so on GPU 0: no code for it"
+    del machine.environment["XSHARE_CUDA_LIBRARY"]
+    checks = machine.examine()
+    if checks["compiled kernels"]["ok"] and checks["libxshare.so"]["ok"]:
         assert checks["trtllm-serve with XShare"]["ok"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from xshare_trtllm.kernels import store
 from xshare_trtllm.kernels.compile import HOW_TO_INSTALL, compiler_version, why_not
 
 PACKAGES = (
-    *("torch", "transformers", "onnx", "tensorrt-llm", "tensorrt", "cuda-python"),
+    *("torch", "transformers", "onnx", "tensorrt-llm", "tensorrt", "cuda-bindings"),
     *("nvidia-pytriton", "tritonclient"),
 )
 ENGINE_PATH = "TensorRT-LLM 1.0 to 1.2"
 _HOOK = "tensorrt_llm, imported"
+_WORKERS = "worker processes"
 _OTHER = "another version, back end or model: docs/pytorch_backend.md"
 _TRTLLM = "pip install tensorrt-llm==1.2.1, or run in NVIDIA's container tensorrt-llm/release:1.2.1"
 _PLUGIN = "build_scripts/build_plugin.sh"
@@ -32,7 +34,7 @@ _INSTALL = {
     "onnx": "pip install 'xshare-trtllm[onnx]'",
     "tensorrt-llm": _TRTLLM,
     "tensorrt": _TRTLLM,
-    "cuda-python": "pip install cuda-python",
+    "cuda-bindings": HOW_TO_INSTALL,
     "nvidia-pytriton": "pip install nvidia-pytriton==0.7.0, or run in NVIDIA's container tritonserver",
     "tritonclient": "pip install 'tritonclient[grpc]'",
 }
@@ -95,8 +97,9 @@ def examine() -> list[Check]:
     inside = [] if inspection is None else _inspected(inspection)
     libraries.append(_compiling())
     images = [image for library in libraries for gpu in gpus for image in _images(library, gpu)]
-    known = [*packages, *libraries, *gpus, *images, *inside]
-    return [*packages, *libraries, _trtllm_build(), *gpus, *images, *inside, *_paths(known)]
+    commands = [_trtllm_build()] if inspection is None else [_trtllm_build(), _workers()]
+    known = [*packages, *libraries, *commands, *gpus, *images, *inside]
+    return [*packages, *libraries, *commands, *gpus, *images, *inside, *_paths(known)]
 
 
 def _by_name(checks: list[Check]) -> dict[str, Check]:
@@ -209,15 +212,16 @@ def _images(library: Check, gpu: Check) -> list[Check]:
 def find_image(architectures: list[str], capability: tuple[int, int]) -> str:
     """What of a library's images a GPU runs: "" = none.
 
-    architectures  `90-real` is machine code for 9.0, `90-virtual` PTX of it
+    architectures  as CMake has them: `90-real` is machine code for 9.0, `90-virtual` PTX of it, `90` both
     """
-    numbers = [(divmod(int(name.split("-")[0]), 10), name.endswith("-virtual")) for name in architectures]
-    real = [version for version, is_ptx in numbers if not is_ptx and version[0] == capability[0]]
+    named = [(re.match(r"(\d+)", name), name.rpartition("-")[2]) for name in architectures]
+    numbers = [(divmod(int(number[1]), 10), kind) for number, kind in named if number]
+    real = [version for version, kind in numbers if kind != "virtual" and version[0] == capability[0]]
     # Machine code runs on later GPUs of its family, but not from a desktop to a Jetson.
     fitting = [v for v in real if v == capability or (v < capability and capability not in _JETSONS)]
     if fitting:
         return "machine code for {}.{}".format(*max(fitting))
-    ptx = [version for version, is_ptx in numbers if is_ptx and version <= capability]
+    ptx = [version for version, kind in numbers if kind != "real" and version <= capability]
     return "PTX of {}.{}, of which the driver makes code at first use".format(*max(ptx)) if ptx else ""
 
 
@@ -232,6 +236,18 @@ def _trtllm_build() -> Check:
         found = f"{path}: TensorRT-LLM's own, without --plugin xshare"
         return Check("command", "trtllm-build", False, found, mend)
     return Check("command", "trtllm-build", True, f"{path}: knows --plugin xshare")
+
+
+def _workers() -> Check:
+    """Whether XShare gets into TensorRT-LLM's worker processes."""
+    from xshare_trtllm.trtllm.startup import check_hook, hook_path
+
+    try:
+        check_hook()
+    except RuntimeError:
+        found = f"XShare does not get into them: no {hook_path()} acts"
+        return Check("command", _WORKERS, False, found, "xshare trtllm --install")
+    return Check("command", _WORKERS, True, "XShare gets into them")
 
 
 def _gpus() -> list[Check]:
@@ -269,6 +285,8 @@ def _paths(checks: list[Check]) -> list[Check]:
     plugin = by_name.get(f"{environment.PLUGIN} on {gpu.name}", by_name[environment.PLUGIN])
     engine = [_engine_version(trtllm), plugin, gpu]
     backend = [by_name.get(_HOOK, trtllm), _kernels(by_name), gpu]
+    if trtllm.ok:
+        backend.append(by_name[_WORKERS])
     return [
         _path(PATHS["demo"], [torch, by_name["transformers"]], _host(by_name)),
         _path(PATHS["export"], [torch, by_name["onnx"]], "exports"),
@@ -278,9 +296,10 @@ def _paths(checks: list[Check]) -> list[Check]:
 
 
 def _kernels(by_name: dict[str, Check]) -> Check:
-    """Compiled, or else of the library."""
+    """Of the library that is named, or compiled, or else of the one that is built."""
     compiled = by_name[COMPILED]
-    if compiled.ok and by_name[environment.HOST].ok:
+    is_named = environment.NAMED_BY[environment.CUDA] in os.environ
+    if not is_named and compiled.ok and by_name[environment.HOST].ok:
         return compiled
     images = (check for check in by_name.values() if check.name.startswith(f"{environment.CUDA} on "))
     return next(images, by_name[environment.CUDA])

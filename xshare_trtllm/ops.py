@@ -39,6 +39,7 @@ _UTILITY_CODES = {name: code for code, name in enumerate(UTILITIES)}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
 _CUDA_ERROR = 7  # XSHARE_CUDA_ERROR
+_NOWHERE = 64  # aligned to whatever is not there
 
 _DIAL = struct.Struct("@dii")  # xshare_dial
 _EXPERTS_PARAMS = struct.Struct("@I5i")  # xshare_experts_params
@@ -67,6 +68,8 @@ def available() -> bool:
 
 def why_no_cuda() -> str | None:
     """What is missing for tensors on a CUDA device, with the command that helps; None = nothing."""
+    if os.environ.get("XSHARE_CUDA_LIBRARY") and _load_cuda() is None:
+        return f"XSHARE_CUDA_LIBRARY={CUDA_LIBRARY}: is not there, or is no library with the kernels"
     if _load_cuda() is not None or (why_not() is None and available()):
         return None
     compiling = why_not() or f"{LIBRARY.name} is not built"
@@ -317,7 +320,8 @@ def _shape(router_logits: Tensor) -> tuple[int, int]:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """0 = not there. One without elements is there all the same, though torch gives it no address."""
+    return 0 if tensor is None else tensor.data_ptr() or _NOWHERE
 
 
 def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -389,6 +393,8 @@ def _call(
     params = _packed_params(num_tokens, num_experts, router_logits.dtype, settings)
     if dial is not None and (dial.dtype is not torch.uint8 or dial.shape != (DIAL_BYTES,)):
         raise ValueError(f"dial: must be uint8 [{DIAL_BYTES}], got {dial.dtype} {list(dial.shape)}")
+    if dial is not None and dial.data_ptr() % 8:
+        raise ValueError("dial: must be aligned to 8 bytes, as a tensor of its own is")
     logits = router_logits if router_logits.is_contiguous() else router_logits.contiguous()
     bias = gpus = ids = free = None
     if correction_bias is not None:
@@ -405,7 +411,7 @@ def _call(
         gpus = _as_int32(expert_gpu)
     tensors = TENSORS.pack(
         TENSORS.size,
-        logits.data_ptr(),
+        _address(logits),
         _address(bias),
         _address(ids),
         _address(free),
@@ -498,7 +504,7 @@ def _route_cpu(
     *values: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _empty_outputs(*_shape(router_logits), values[0])
-    ids, weights, active, stats = (output.data_ptr() for output in outputs)
+    ids, weights, active, stats = map(_address, outputs)
     addresses = (ids, weights, 0, active, stats)
     _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)
     return outputs
@@ -513,7 +519,7 @@ def _route_cuda(
     *values: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _empty_outputs(*_shape(router_logits), values[0], router_logits.device)
-    ids, weights, active, stats = (output.data_ptr() for output in outputs)
+    ids, weights, active, stats = map(_address, outputs)
     addresses = (ids, weights, 0, active, stats)
     _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, addresses)
     return outputs
@@ -541,7 +547,7 @@ def _mask_logits_cpu(
     _shape(router_logits)
     masked = torch.empty(router_logits.shape, dtype=router_logits.dtype)
     with _counted(values, masked.device) as stats:
-        outputs = (0, 0, masked.data_ptr(), 0, stats)
+        outputs = (0, 0, _address(masked), 0, stats)
         _call(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)
     return masked
 
@@ -557,7 +563,7 @@ def _mask_logits_cuda(
     _shape(router_logits)
     masked = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
     with _counted(values, masked.device) as stats:
-        outputs = (0, 0, masked.data_ptr(), 0, stats)
+        outputs = (0, 0, _address(masked), 0, stats)
         _call_on_device(router_logits, correction_bias, request_ids, exempt, expert_gpu, values, outputs)
     return masked
 

@@ -137,6 +137,7 @@ XSHARE_DEVICE void sum_requests(const RouteArgs& args) {
     const Workspace w(args);
     device::await_previous_kernel();
     device::allow_next_kernel();
+    if (w.totals->num_long_requests == 0) return;
     const int num_rows = static_cast<int>(w.totals->num_placed_rows);
     for (int start = device::block() * kChunkRows; start < num_rows;
          start += device::num_blocks() * kChunkRows) {

@@ -187,6 +187,28 @@ def test_a_wheel_has_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             function.cache_clear()
 
 
+@needs_nvrtc
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda.pathfinder's error is a RuntimeError with the file's name alone."""
+
+    class NotFound(RuntimeError):
+        pass
+
+    def version() -> None:
+        raise NotFound('Failure finding "libnvrtc.so.13"\nmore')
+
+    monkeypatch.setattr(compiling._nvrtc(), "nvrtcVersion", version)
+    for function in (compiling.why_not, compiling.compiler_version):
+        function.cache_clear()
+    try:
+        said = str(compiling.why_not())
+        assert said.startswith("NVRTC is not installed: a torch for CUDA brings it; or pip install")
+        assert said.endswith('(Failure finding "libnvrtc.so.13")')
+    finally:
+        for function in (compiling.why_not, compiling.compiler_version):
+            function.cache_clear()
+
+
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     compiling.why_not.cache_clear()

@@ -68,6 +68,7 @@ class Driver:
     def __init__(self, build: Any, most_blocks: int = 16) -> None:
         self.build, self.most_blocks = build, most_blocks
         self.setting: Setting | None = None
+        self.version = 99000
         self.calls: list[str] = []
         self.launches: list[tuple[str, int, int, int, bool]] = []
 
@@ -117,6 +118,9 @@ class Driver:
         shape = (config.gridDimX, config.blockDimX, cluster)
         self.build(self.setting).launch(KERNELS.index(function), ctypes.c_void_p(arguments), *shape)
         return (driver.CUresult.CUDA_SUCCESS,)
+
+    def cuDriverGetVersion(self) -> Any:
+        return driver.CUresult.CUDA_SUCCESS, self.version
 
     def cuGetErrorString(self, status: Any) -> Any:
         return driver.CUresult.CUDA_SUCCESS, b"what the driver says"
@@ -260,9 +264,52 @@ def test_contract_errors_name_the_call(gpu: Driver) -> None:
     values = ops.settings(GPT_OSS, XShareConfig(coverage=0.9))
     with pytest.raises(
         RuntimeError,
-        match=r"cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU, what the driver says: the driver",
+        match="cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU, what the driver says",
     ):
         ops._route_cuda(logits(4, GPT_OSS, 1), *[None] * 4, *values)
+
+
+def test_contract_a_driver_older_than_the_compiler(gpu: Driver) -> None:
+    gpu.version = 12080
+    values = ops.settings(GPT_OSS, XShareConfig(coverage=0.9))
+    with pytest.raises(RuntimeError, match=r"driver is of CUDA 12 and NVRTC of CUDA 1[3-9].*nvrtc-cu12"):
+        ops._route_cuda(logits(4, GPT_OSS, 1), *[None] * 4, *values)
+    assert not gpu.calls.count("cuModuleLoadData")
+
+
+def test_contract_no_rows_are_the_same_setting(gpu: Driver) -> None:
+    """torch gives tensors without elements no address."""
+    config = XShareConfig(coverage=0.9)
+    for rows in (4, 0, 4):
+        ids = torch.zeros(rows, dtype=torch.int32)
+        assert_as_on_the_host((logits(rows, GPT_OSS, 1), None, ids, None, None), GPT_OSS, config)
+    assert gpu.calls.count("cuModuleLoadData") == 5
+
+
+def test_contract_a_call_that_is_refused_compiles_nothing(gpu: Driver) -> None:
+    refused = {
+        "num_experts": (
+            torch.zeros(4, 600),
+            (4, "topk_softmax", 1, 1, 1.0, 24, 1, 0, 0, -1, "squared_weight", 0.0),
+        ),
+        "budget": (
+            torch.zeros(4, 128),
+            (4, "topk_softmax", 1, 1, 1.0, 2, 1, 0, 0, -1, "squared_weight", 0.0),
+        ),
+        "expert_gpu": (
+            torch.zeros(4, 128),
+            (4, "topk_softmax", 1, 1, 1.0, 24, 1, 0, 3, -1, "squared_weight", 0.0),
+        ),
+    }
+    for name, (given, values) in refused.items():
+        with pytest.raises(ValueError, match=name):
+            ops._route_cuda(given, None, None, None, None, *values)
+    dial = torch.zeros(20, dtype=torch.uint8)[4:]
+    with pytest.raises(ValueError, match="dial: must be aligned to 8 bytes"):
+        ops._route_cuda(
+            logits(4, GPT_OSS, 1), *[None] * 4, *ops.settings(GPT_OSS, XShareConfig(coverage=0.9)), dial
+        )
+    assert not gpu.calls
 
 
 def test_plan_refuses_what_does_not_fit_together() -> None:

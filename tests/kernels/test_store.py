@@ -75,3 +75,9 @@ def test_folder_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert store.folder() == Path("/somewhere/xshare-trtllm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert store.folder() == Path.home() / ".cache" / "xshare-trtllm"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert store.folder().name == f"xshare-trtllm-{os.getuid()}"

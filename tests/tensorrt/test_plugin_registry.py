@@ -97,7 +97,10 @@ def test_says_what_it_was_built_from(built: plugin_build.Built) -> None:
         "build.restype = ctypes.c_char_p; print(build().decode())"
     )
     said = output(sys.executable, "-c", script, str(built.library)).strip()
-    found = re.fullmatch(re.escape(__version__) + r", TensorRT (\d+)\.(\d+)\.(\d+) headers, code for (\d+-(?:real|virtual))", said)
+    found = re.fullmatch(
+        re.escape(__version__) + r", TensorRT (\d+)\.(\d+)\.(\d+) headers, code for (\d+-(?:real|virtual))",
+        said,
+    )
     assert found, said
     for part in found.groups()[:3]:
         assert re.search(rf"#define \w+(MAJOR|MINOR|PATCH)\w* {part}\b", version_lines)

@@ -11,6 +11,9 @@ from xshare_trtllm.kernels.setting import Setting
 
 PACKAGE = Path(__file__).resolve().parent.parent
 HOW_TO_INSTALL = "pip install 'xshare-trtllm[cuda]'"
+HOW_TO_GET_NVRTC = (
+    "a torch for CUDA brings it; or pip install nvidia-cuda-nvrtc (CUDA 12: nvidia-cuda-nvrtc-cu12)"
+)
 _OPTIONS = ("--std=c++17", "--fmad=false", "-default-device", "--ptxas-options=-v")
 # What of the C headers the kernels take; NVRTC has none.
 _C_HEADERS = {
@@ -80,12 +83,12 @@ def _ask(function: str, *arguments: Any) -> Any:
 @cache
 def compiler_version() -> tuple[int, int]:
     """Of NVRTC. Raises RuntimeError where there is none."""
+    nvrtc = _nvrtc()
     try:
-        major, minor = _ask("nvrtcVersion")
-    except RuntimeError:
-        raise
-    except Exception as missing:  # of cuda.pathfinder: its class has changed its place
-        raise RuntimeError(f"NVRTC is not installed: {HOW_TO_INSTALL} ({missing})") from missing
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception as missing:  # of cuda.pathfinder, whose class has changed its place
+        reason = str(missing).splitlines()[0]
+        raise RuntimeError(f"NVRTC is not installed: {HOW_TO_GET_NVRTC} ({reason})") from missing
     return major, minor
 
 
@@ -104,7 +107,7 @@ def find_architecture(capability: tuple[int, int]) -> str:
     if not fitting:
         raise RuntimeError(
             f"NVRTC {compiler} does not know compute capability {major}.{minor}: install a newer one "
-            "(pip install -U nvidia-cuda-nvrtc)"
+            f"(pip install -U nvidia-cuda-nvrtc{'-cu12' if compiler.startswith('12.') else ''})"
         )
     return f"sm_{max(fitting)}"
 

@@ -79,6 +79,7 @@ class Loaded:
     """The kernels of one setting on one device."""
 
     def __init__(self, setting: Setting, ordinal: int) -> None:
+        _check_driver()
         capability = torch.cuda.get_device_capability(ordinal)
         architecture = find_architecture(capability)
         self._is_hopper = capability >= (9, 0)
@@ -161,6 +162,9 @@ _calls: dict[tuple[bytes, tuple[bool, ...], int], Call] = {}
 
 
 def _prepare(params: bytes, tensors: bytes, has: tuple[bool, ...], ordinal: int, plan: Plan) -> Call:
+    plan(
+        params, tensors, _GPU.pack(_GPU.size, 1, 1)
+    )  # refuses what does not fit together, before it compiles
     _enter_context(ordinal)
     call = _load(Setting.of_call(params, tensors), ordinal).plan(params, tensors, plan)
     if len(_calls) >= 4096:
@@ -205,15 +209,19 @@ def _call(name: str, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
+def _check_driver() -> None:
+    """A driver runs no machine code of a newer major version of CUDA."""
+    driver, compiler = _call("cuDriverGetVersion") // 1000, compiler_version()[0]
+    if compiler > driver:
+        raise RuntimeError(
+            f"the driver is of CUDA {driver} and NVRTC of CUDA {compiler}, whose code it does not run: "
+            f"pip uninstall nvidia-cuda-nvrtc, then pip install nvidia-cuda-nvrtc-cu{driver}"
+        )
+
+
 def _describe(status: Any) -> str:
     _, text = _status("cuGetErrorString", status)
-    described = f"{status.name}, {text.decode() if text else 'unknown'}"
-    if status.name == "CUDA_ERROR_NO_BINARY_FOR_GPU" or "PTX" in status.name:
-        compiler = ".".join(map(str, compiler_version()))
-        described += (
-            f": the driver is older than NVRTC {compiler}; take an NVRTC of the driver's CUDA version"
-        )
-    return described
+    return f"{status.name}, {text.decode() if text else 'unknown'}"
 
 
 def _launch_config(blocks: int, threads: int, cluster: int, programmatic: bool) -> Any:

@@ -13,11 +13,15 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def folder() -> Path:
-    """XSHARE_CACHE, or xshare-trtllm in XDG_CACHE_HOME or ~/.cache."""
+    """XSHARE_CACHE, or xshare-trtllm in XDG_CACHE_HOME or ~/.cache; without a home the temporary folder."""
     named = os.environ.get("XSHARE_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xshare-trtllm"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users
+        return Path(tempfile.gettempdir()) / f"xshare-trtllm-{os.getuid()}"
+    return caches / "xshare-trtllm"
 
 
 def get_or_make(name: str, make: Callable[[], bytes]) -> bytes:
@@ -35,7 +39,7 @@ def get_or_make(name: str, make: Callable[[], bytes]) -> bytes:
         _write(path, made)
     except OSError as error:
         warnings.warn(
-            f"compiled kernels are not kept ({error}): they are compiled anew by every process. "
+            f"compiled kernels are not kept in {folder()} ({error.strerror}): every process makes them anew. "
             "Name a folder in XSHARE_CACHE.",
             RuntimeWarning,
             stacklevel=2,

@@ -7,12 +7,14 @@ from shlex import quote
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from xshare_trtllm.config import MODES, XShareConfig
 from xshare_trtllm.options import xshare_options
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
 _BACK_ENDS = ("tensorrtllm", "trtllm-torch", "cpu")
 _CONTRACTS = ("llmapi", "inflight_batcher_llm")
 _LENGTH = 512  # tokens of a prompt and of an answer on the CPU
@@ -34,7 +36,9 @@ _LENGTH = 512  # tokens of a prompt and of an answer on the CPU
 @click.option("--backend", type=click.Choice(_BACK_ENDS), default="cpu", show_default=True)
 @click.option("--tokenizer", type=_FOLDER, help="Folder with tokenizer.json, where --engine has none.")
 @xshare_options
-@click.option("--max-batch-size", type=int, default=16, show_default=True, help="Sequences decoded together.")
+@click.option(
+    "--max-batch-size", type=_COUNT, default=16, show_default=True, help="Sequences decoded together."
+)
 @click.option("--max-queue-size", type=int, default=128, show_default=True, help="Requests that may wait.")
 @click.option("--max-input-len", type=int, help="Tokens of a prompt.  [default: the model's, cpu: 512]")
 @click.option("--max-output-len", type=int, help="Tokens of an answer.  [default: the model's, cpu: 512]")
@@ -53,9 +57,9 @@ _LENGTH = 512  # tokens of a prompt and of an answer on the CPU
 )
 @click.option("--control", is_flag=True, help="Requests may turn XShare's dial (cpu, trtllm-torch).")
 @click.option(
-    "--ep-size", type=int, default=1, show_default=True, help="GPUs that the experts are spread over."
+    "--ep-size", type=_COUNT, default=1, show_default=True, help="GPUs that the experts are spread over."
 )
-@click.option("--tp-size", type=int, default=1, show_default=True, help="GPUs of trtllm-torch.")
+@click.option("--tp-size", type=_COUNT, default=1, show_default=True, help="GPUs of trtllm-torch.")
 @click.option("--plugin", type=_FILE, help="libnvinfer_plugin_xshare.so, for tensorrtllm.")
 @click.option("--recipe", type=_FILE, help="trtllm-torch: a file of engines/, for sizes, limits and options.")
 @click.option(
@@ -139,17 +143,20 @@ def _setting(text: str) -> tuple[str, Any]:
 def _apply_recipe(
     given: dict[str, Any], backend: str, config: XShareConfig | None, settings: dict[str, Any]
 ) -> XShareConfig:
-    """A recipe's sizes, limits and options into `given` and `settings`; the configuration to use."""
+    """A recipe's sizes, limits and options into `given` and `settings`, where the command names no other; the
+    configuration to use."""
     from xshare_trtllm.engines.recipe import load_recipe
 
     recipe = load_recipe(given["recipe"])
     if backend != "trtllm-torch" or recipe.path != "pytorch":
         raise click.UsageError("--recipe: is for --backend trtllm-torch and a recipe with `path: pytorch`")
-    given |= {
+    sizes = {
         "tp_size": recipe.parallel.tensor,
         "ep_size": recipe.parallel.expert,
         "max_batch_size": recipe.limits.max_batch_size,
     }
+    source_of = click.get_current_context().get_parameter_source
+    given |= {name: size for name, size in sizes.items() if source_of(name) is ParameterSource.DEFAULT}
     own = {
         "pipeline_parallel_size": recipe.parallel.pipeline,
         "max_num_tokens": recipe.limits.max_num_tokens,

@@ -161,8 +161,6 @@ def _check_dial(repository: Repository) -> None:
         raise ValueError(f"{asked}: is not for an engine, which has its budget inside")
     if repository.config is None and (repository.back_end != "cpu" or asked == "mode"):
         raise ValueError(f"{asked}: needs a configuration, such as a coverage")
-    if repository.back_end == "trtllm-torch" and repository.settings.get("enable_attention_dp"):
-        raise ValueError(f"{asked}: not with enable_attention_dp, where the workers' dial is fixed")
 
 
 def _check_config(repository: Repository) -> None:

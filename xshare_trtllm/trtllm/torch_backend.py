@@ -208,7 +208,7 @@ def enable(llm_or_model: Any, config: XShareConfig) -> Enabled:
 
     Raises ValueError, naming the layer, where a routing method, a backend or the configuration does not fit
     (nothing is changed then), and where XShare is enabled already; RuntimeError where a model on a GPU finds
-    no libxshare_cuda.so.
+    no kernels, neither what compiles them nor a library.
     """
     return Enabled(llm_or_model, config)
 
