@@ -29,6 +29,6 @@ foreach(experts IN ITEMS 1 2 4 8 12 16)  # kExpertsPerLane in cuda/plan.h
   target_include_directories(xshare_kernels_${experts} PRIVATE . include)
   target_compile_definitions(xshare_kernels_${experts} PRIVATE XSHARE_EXPERTS_PER_LANE=${experts})
   target_compile_options(xshare_kernels_${experts} PRIVATE
-    --fmad=false -Werror=all-warnings -Xptxas=-v -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+    --fmad=false -Werror=all-warnings -Xptxas=-v -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
   target_link_libraries(xshare_cuda PRIVATE xshare_kernels_${experts})
 endforeach()
