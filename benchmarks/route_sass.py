@@ -29,7 +29,7 @@ import torch
 from xshare_trtllm import RouterSpec, XShareConfig, ops
 from xshare_trtllm.config import SCORINGS
 from xshare_trtllm.kernels.compile import compile_kernel
-from xshare_trtllm.kernels.setting import TENSORS, Setting
+from xshare_trtllm.kernels.setting import POINTERS, TENSORS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = {"E=128": 4, "E=256": 8}  # experts per lane
@@ -38,10 +38,6 @@ SPECS = {
     "E=256 k=8 softmax_renorm": RouterSpec(256, 8, "softmax_renorm"),
     "E=256 k=8 sigmoid_bias, 8 groups": RouterSpec(256, 8, "sigmoid_bias", 8, 4, 2.5),
 }
-NAMES = (
-    *("correction_bias", "request_ids", "exempt", "expert_gpu", "expert_ids", "expert_weights"),
-    *("masked_logits", "active_experts", "stats", "step_bias", "dial"),
-)
 STEP = ("expert_ids", "expert_weights", "active_experts")
 
 
@@ -62,7 +58,7 @@ def setting_of(spec: RouterSpec, config: XShareConfig, has: tuple[str, ...], dty
     if "bias" in spec.scoring:
         has = ("correction_bias", *has)
     params = ops.pack_params(16, spec.num_experts, dtype, ops.settings(spec, config))
-    addresses = [64 * (name in has) for name in NAMES]
+    addresses = [64 * (name in has) for name in POINTERS]
     return Setting.of_call(params, TENSORS.pack(TENSORS.size, 64, *addresses))
 
 
@@ -135,7 +131,7 @@ def every_setting() -> Iterator[tuple[str, Setting]]:
         for experts, top_k in ((32, 2), (64, 6), (128, 4), (256, 8), (384, 8), (512, 16)):
             spec = RouterSpec(experts, top_k, scoring)
             everything = XShareConfig(experts, request_budget=8, coverage=0.97, gpu_budget=8, max_rows=64)
-            outputs = tuple(each for each in NAMES if each not in ("correction_bias", "step_bias"))
+            outputs = tuple(each for each in POINTERS if each not in ("correction_bias", "step_bias"))
             for config, has in ((XShareConfig(coverage=0.97), STEP), (everything, outputs)):
                 dtype = next(dtypes)
                 name = f"{scoring} E={experts} k={top_k} {str(dtype).removeprefix('torch.')}"

@@ -15,17 +15,12 @@ from xshare_trtllm import RouterSpec, XShareConfig, ops
 from xshare_trtllm.config import SCORINGS
 from xshare_trtllm.kernels import compile as compiling
 from xshare_trtllm.kernels import launch
-from xshare_trtllm.kernels.setting import KERNELS, Setting
-from xshare_trtllm.kernels.setting import TENSORS as TENSORS_STRUCT
+from xshare_trtllm.kernels.setting import KERNELS, POINTERS, TENSORS, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_nvrtc = pytest.mark.skipif(compiling.why_not() is not None, reason=str(compiling.why_not()))
 
 ROUTE = ("expert_ids", "expert_weights", "active_experts", "stats")
-TENSORS = (
-    *("correction_bias", "request_ids", "exempt", "expert_gpu", "expert_ids", "expert_weights"),
-    *("masked_logits", "active_experts", "stats", "step_bias", "dial"),
-)
 MAX_STATIC_SHARED = 48 * 1024
 
 
@@ -33,8 +28,8 @@ def setting_of(
     spec: RouterSpec, config: XShareConfig, *has: str, dtype: torch.dtype = torch.bfloat16
 ) -> Setting:
     params = ops.pack_params(16, spec.num_experts, dtype, ops.settings(spec, config))
-    addresses = [64 * (name in has) for name in TENSORS]
-    return Setting.of_call(params, TENSORS_STRUCT.pack(TENSORS_STRUCT.size, 64, *addresses))
+    addresses = [64 * (name in has) for name in POINTERS]
+    return Setting.of_call(params, TENSORS.pack(TENSORS.size, 64, *addresses))
 
 
 GPT_OSS = setting_of(RouterSpec(128, 4, "topk_softmax"), XShareConfig(coverage=0.97), *ROUTE)
@@ -92,7 +87,7 @@ def test_what_is_known_makes_less_code() -> None:
     everything = setting_of(
         RouterSpec(128, 4, "topk_softmax"),
         XShareConfig(48, request_budget=16, gpu_budget=8, coverage=0.97, max_rows=64),
-        *(name for name in TENSORS if name not in ("step_bias", "correction_bias")),
+        *(name for name in POINTERS if name not in ("step_bias", "correction_bias")),
     )
     plain = setting_of(RouterSpec(128, 4, "topk_softmax"), XShareConfig(coverage=0.97), *ROUTE[:3])
     sizes = [len(compiling.compile_kernel("route_block", each, "sm_90")[0]) for each in (plain, everything)]

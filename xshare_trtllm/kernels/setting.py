@@ -15,7 +15,7 @@ KERNELS = (
 )
 ROW_THREADS = 256  # kRowThreads of plugins/cuda/args.h
 # xshare_route_tensors without router_logits, which are always there.
-_POINTERS = (
+POINTERS = (
     *("correction_bias", "request_ids", "exempt", "expert_gpu", "expert_ids", "expert_weights"),
     *("masked_logits", "active_experts", "stats", "step_bias", "dial"),
 )
@@ -65,7 +65,7 @@ class Setting:
         left_out = set() if has_clusters else {"route_team"}
         if not self.limits[1]:
             left_out |= {"place_requests", "order_rows", "sum_requests", "propose"}
-        if not self.has[_POINTERS.index("stats")]:
+        if not self.has[POINTERS.index("stats")]:
             left_out.add("tally_rows")
         return tuple(kernel for kernel in KERNELS if kernel not in left_out)
 
@@ -88,6 +88,6 @@ class Setting:
         }
         stages = ("LIMITS_BATCH", "LIMITS_REQUESTS", "LIMITS_GPUS", "LIMITS_ROWS", "COVERS")
         values |= dict(zip(stages, map(int, self.limits), strict=True))
-        has = zip(_POINTERS, map(int, self.has), strict=True)
+        has = zip(POINTERS, map(int, self.has), strict=True)
         values |= {f"HAS_{name.upper()}": there for name, there in has}
         return {f"XSHARE_FIXED_{name}": value for name, value in values.items()}
