@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/xshare demo
 
 test: .venv/ready
-	@echo "== the whole test suite (5 to 7 minutes on 2 cores)"
+	@echo "== the whole test suite (7 to 8 minutes on 2 cores)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile  # a worker for each core, one thread each
 
 lint: .venv/ready
