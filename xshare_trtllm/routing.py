@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -288,6 +289,8 @@ def _backend(name: str, device: str) -> ModuleType:
     if has_kernel and is_built():
         return ops
     if name == "auto":
+        if device == "cuda":
+            _warn_of_reference()
         return reference
     if device == "cuda":
         raise ValueError(f"backend='native': {ops.why_no_cuda()}")
@@ -304,3 +307,15 @@ def _native_is_built() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
 def _cuda_is_built() -> bool:
     return ops.why_no_cuda() is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def _warn_of_reference() -> bool:
+    """Once for each reason. Returns True."""
+    _warn_once(f"{ops.why_no_cuda()}; routing of CUDA tensors uses the much slower reference")
+    return True
+
+
+@lru_cache(maxsize=8)
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"xshare_trtllm: {problem}", RuntimeWarning, stacklevel=5)

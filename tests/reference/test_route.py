@@ -873,12 +873,16 @@ def test_check_names_the_bad_row(call):
     call(logits[:2], SPEC, CONFIG, check=True)
 
 
-def test_auto_is_native_where_it_is_built():
+def test_auto_is_native_where_it_is_built(monkeypatch):
     from xshare_trtllm import ops, reference
     from xshare_trtllm.routing import _backend
 
     assert _backend("auto", "cpu") is (ops if ops.available() else reference)
-    assert _backend("auto", "cuda") is (reference if ops.why_no_cuda() else ops)
+    monkeypatch.setattr(ops, "why_no_cuda", lambda: None)
+    assert _backend("auto", "cuda") is ops
+    monkeypatch.setattr(ops, "why_no_cuda", lambda: "no compiler: pip install it")
+    with pytest.warns(RuntimeWarning, match=r"no compiler: pip install it; routing of CUDA tensors uses the"):
+        assert _backend("auto", "cuda") is reference
     assert _backend("reference", "cpu") is reference
 
 
