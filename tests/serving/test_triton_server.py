@@ -374,6 +374,9 @@ def test_a_model_whose_weights_are_away_is_tried_again(tmp_path: Path, expected:
         (model / file.name).symlink_to(file)
     with running_server(tmp_path, "--coverage", "0.97", "--engine", str(model)) as server:
         [process] = server.processes("xshare_trtllm.serving.worker")
+        wait_for(
+            lambda: "xshare: the server is ready" in server.log.read_text()
+        )  # the supervisor knows it, too
         model.rename(away)
         process.kill()
         wait_for(lambda: "failed to load all models" in server.log.read_text(), 60)

@@ -83,6 +83,8 @@ class Server:
         self._stubs |= set(_stubs(children, self.process.pid)) & running
         if not self.was_ready:
             self.was_ready = self._call("GET", "/v2/health/ready")[0] == 200
+            if self.was_ready:
+                _say("the server is ready")
         return ""
 
     def unload(self) -> Iterator[None]:

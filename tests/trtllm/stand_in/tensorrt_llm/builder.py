@@ -60,7 +60,12 @@ def build(model: Any, build_config: BuildConfig) -> Engine:
             network.to_onnx(build_config.visualize_network)
     engine = None if build_config.dry_run else _build_engine(network.trt_network)
     definition = network.trt_network
-    notes = {"pid": os.getpid(), "plugins": definition.plugins, "errors": definition.log.errors}
+    notes = {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "plugins": definition.plugins,
+        "errors": definition.log.errors,
+    }
     notes["layers"] = definition.num_layers
     return Engine(model.config, build_config, engine, notes)
 
